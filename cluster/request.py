@@ -1,0 +1,60 @@
+"""What crosses between the gateway and an attention replica. Plain frozen data, no torch."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from model_shards.sampling import SamplingParams
+
+
+class FinishReason(Enum):
+    """Why a request ended; a request ends exactly once."""
+
+    STOP = "stop"  # end-of-sequence token, or a stop string (decided by the gateway)
+    LENGTH = "length"  # max_tokens or the context is full
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One sequence to generate."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    eos_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    # Tokens already generated elsewhere before a replay: count as output, not as prompt.
+    output_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log probabilities at one position, natural log."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one step produced for one request: tokens in order, and the end, if it ended."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    error: str | None = None  # set with FinishReason.ERROR
+
+
+@dataclass(frozen=True)
+class ReplicaLoad:
+    """What a router or autoscaler asks of a replica."""
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_free_blocks: int
+    num_preemptions: int
+    num_steps: int
