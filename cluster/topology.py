@@ -1,9 +1,9 @@
 """Ranks of a cell: M attention ranks, then N expert ranks, in one line.
 
-    global_rank      0 ........ M-1   M ........ M+N-1
-    role             A0 ..... A(M-1)  E0 ..... E(N-1)
-    attention_rank   0 ........ M-1
-    ep_rank                           0 ........ N-1
+global_rank      0 ........ M-1   M ........ M+N-1
+role             A0 ..... A(M-1)  E0 ..... E(N-1)
+attention_rank   0 ........ M-1
+ep_rank                           0 ........ N-1
 """
 
 from dataclasses import dataclass

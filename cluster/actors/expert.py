@@ -1,0 +1,49 @@
+"""The Ray shell of an expert rank."""
+
+import asyncio
+import uuid
+
+import ray
+from ray.actor import ActorHandle
+
+from cluster.actors.client import RayCoordinatorClient
+from cluster.actors.progress import LoadingReporter
+from cluster.epoch_thread import EpochEnd
+from cluster.expert_shard import ExpertShard
+from cluster.logs import configure_logging
+from cluster.rank_agent import RankAgent
+from cluster.spec import CellSpec
+from cluster.topology import Role
+
+
+@ray.remote
+class ExpertActor:
+    """One expert shard. Starts loading when made; registers with the coordinator when loaded."""
+
+    def __init__(self, spec: CellSpec, ep_rank: int, coordinator: ActorHandle) -> None:
+        self._spec = spec
+        self._ep_rank = ep_rank
+        self._client = RayCoordinatorClient(coordinator)
+        self._name = spec.topology.name(spec.topology.expert_global_rank(ep_rank))
+        self._shard: ExpertShard | None = None
+        configure_logging(Role.EXPERT.value, self._name, spec.log_level)
+
+    async def run(self) -> None:
+        """Loads the slice, then serves the coordinator's commands; returns only with an error."""
+        loop = asyncio.get_running_loop()
+        progress = LoadingReporter(self._client, loop, self._name)
+        agent: RankAgent | None = None
+
+        def epoch_ended(end: EpochEnd) -> None:
+            if agent is not None:
+                loop.call_soon_threadsafe(agent.epoch_ended, end)
+
+        # Under Ray each rank sees its own GPU only, as number 0.
+        shard = await asyncio.to_thread(ExpertShard, self._spec, self._ep_rank, 0, epoch_ended, progress)
+        self._shard = shard
+        agent = RankAgent(self._client, f"expert-{uuid.uuid4().hex}", Role.EXPERT, self._ep_rank, shard, None)
+        await agent.run()
+
+    async def rows_received(self) -> int:
+        """Rows this shard has computed; the readiness check waits for the first."""
+        return 0 if self._shard is None else self._shard.rows_received

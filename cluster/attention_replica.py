@@ -1,0 +1,173 @@
+"""An attention rank: asyncio in front, the step loop's thread behind, one queue per direction between them."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from pathlib import Path
+
+from model_shards.kv_cache import LatentKVCache
+from model_shards.weights import Progress, load_attention_model
+
+from cluster.device import local_device, torch_dtype
+from cluster.engine import Engine
+from cluster.epoch_thread import EpochEnd, EpochThread, OnEpochEnd
+from cluster.logs import log_event
+from cluster.membership import Membership, Rendezvous
+from cluster.rendezvous import RendezvousServer, serve_rendezvous
+from cluster.request import GenerationRequest, ReplicaLoad, StepOutput
+from cluster.spec import CellSpec
+from cluster.step_loop import StepEvents, StepLoop
+from model_shards.config import load_model_config
+from model_shards.errors import InvalidRequestError, ShoalError, UnavailableError
+
+logger = logging.getLogger(__name__)
+
+
+class AttentionReplica:
+    """One replica, its weights loaded when constructed. Build and use it on one running event loop.
+
+    Requests survive an aborted epoch: they wait for the next one, at most `rejoin_timeout_s`.
+    """
+
+    def __init__(
+        self,
+        spec: CellSpec,
+        device_index: int,
+        loop: asyncio.AbstractEventLoop,
+        on_epoch_end: OnEpochEnd,
+        rejoin_timeout_s: float = 120.0,
+        progress: Progress | None = None,
+    ) -> None:
+        device = local_device(spec, device_index)
+        directory = Path(spec.model_directory)
+        config = load_model_config(directory)
+        dtype = torch_dtype(spec)
+        model = load_attention_model(directory, config, dtype, device, progress)
+        cache = LatentKVCache(config, spec.limits.num_blocks, spec.limits.block_size, dtype, device)
+        engine = Engine(config, model, cache, spec.limits)
+        self._spec = spec
+        self._loop = loop
+        self._streams: dict[str, asyncio.Queue[StepOutput | ShoalError]] = {}
+        self._on_epoch_end = on_epoch_end
+        self._rejoin_timeout_s = rejoin_timeout_s
+        self._rendezvous: dict[int, RendezvousServer] = {}
+        self._give_up: asyncio.TimerHandle | None = None
+        self._step_loop = StepLoop(engine, config, dtype, device, spec.limits.num_micro_batches, self._cross)
+        self._thread = EpochThread("step-loop", self._step_loop.run_epoch, self._epoch_ended)
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[StepOutput]:
+        """Streams a request's tokens; ends after the output with a finish reason.
+
+        Leaving the iterator early cancels the request: its blocks are free within a step. Outputs that queued up
+        while the consumer was slow arrive as one. Raises InvalidRequestError when the request can never fit and
+        UnavailableError when the cell was lost and did not come back in time.
+        """
+        if request.request_id in self._streams:
+            raise InvalidRequestError(f"request id {request.request_id} is already running")
+        stream: asyncio.Queue[StepOutput | ShoalError] = asyncio.Queue()
+        self._streams[request.request_id] = stream
+        ended = False
+        try:
+            self._step_loop.submit(request)
+            while not ended:
+                # No deadline here: the step loop answers every request, and `_fail_all` ends them when it cannot.
+                output = merge_outputs(await stream.get(), stream)
+                if isinstance(output, ShoalError):
+                    ended = True
+                    raise output
+                ended = output.finish_reason is not None
+                yield output
+        finally:
+            del self._streams[request.request_id]
+            if not ended:
+                self._step_loop.cancel(request.request_id)
+
+    def load(self) -> ReplicaLoad:
+        """Load as of the last step boundary."""
+        return self._step_loop.load()
+
+    def open_rendezvous(self, epoch: int) -> Rendezvous:
+        """Serves the store of an epoch (rank 0 only); stores of older epochs are closed."""
+        for old in [number for number in self._rendezvous if number < epoch - 1]:
+            del self._rendezvous[old]
+        server = serve_rendezvous(self._spec.host)
+        self._rendezvous[epoch] = server
+        return server.rendezvous
+
+    def join(self, membership: Membership, global_rank: int) -> "Future[None]":
+        """Joins an epoch; the future is done once the process groups stand."""
+        if self._give_up is not None:
+            self._give_up.cancel()
+            self._give_up = None
+        return self._thread.join(membership, global_rank)
+
+    def leave(self) -> None:
+        """Ends the running epoch at its next step boundary; requests wait for the next epoch."""
+        self._step_loop.leave()
+
+    def close(self, timeout_s: float = 5.0) -> bool:
+        """Fails what still runs and ends the thread; whether it ended in time."""
+        self._fail_all(UnavailableError("this replica is shutting down; send the request again"))
+        self._step_loop.leave()
+        ended = self._thread.close(timeout_s)
+        self._rendezvous.clear()
+        return ended
+
+    def _cross(self, events: StepEvents) -> None:
+        """From the step thread: one message per step for all streams."""
+        self._loop.call_soon_threadsafe(self._deliver, events)
+
+    def _deliver(self, events: StepEvents) -> None:
+        for output in events.outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                stream.put_nowait(output)
+        for rejection in events.rejections:
+            stream = self._streams.get(rejection.request_id)
+            if stream is not None:
+                stream.put_nowait(rejection.error)
+
+    def _epoch_ended(self, end: EpochEnd) -> None:
+        """From the step thread, after each epoch."""
+        self._loop.call_soon_threadsafe(self._await_next_epoch, end)
+        self._on_epoch_end(end)
+
+    def _await_next_epoch(self, end: EpochEnd) -> None:
+        if self._give_up is not None:
+            self._give_up.cancel()
+        if end.is_fault:
+            # A fault of this rank would come again with the same requests: they must not take the cell down for ever.
+            self._fail_all(UnavailableError("a step failed on this replica; its log has the cause"))
+        error = UnavailableError(
+            f"epoch {end.epoch} ended and no other followed within {self._rejoin_timeout_s:g} s; send the request again"
+        )
+        self._give_up = self._loop.call_later(self._rejoin_timeout_s, self._fail_all, error)
+
+    def _fail_all(self, error: UnavailableError) -> None:
+        if self._streams:
+            log_event(logger, "requests failed", logging.ERROR, count=len(self._streams), error=str(error))
+        for request_id, stream in self._streams.items():
+            stream.put_nowait(error)
+            self._step_loop.cancel(request_id)
+
+
+def merge_outputs(
+    first: StepOutput | ShoalError, stream: "asyncio.Queue[StepOutput | ShoalError]"
+) -> StepOutput | ShoalError:
+    """Joins the outputs that already wait in `stream` to the first, up to an end; an error among them wins."""
+    if isinstance(first, ShoalError):
+        return first
+    merged = first
+    while merged.finish_reason is None and not stream.empty():
+        following = stream.get_nowait()
+        if isinstance(following, ShoalError):
+            return following
+        merged = StepOutput(
+            merged.request_id,
+            merged.token_ids + following.token_ids,
+            following.finish_reason,
+            merged.logprobs + following.logprobs,
+            following.error,
+        )
+    return merged

@@ -1,0 +1,26 @@
+"""Which device and element type a rank computes with."""
+
+import torch
+
+from cluster.spec import CellSpec
+from model_shards.errors import ConfigError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def torch_dtype(spec: CellSpec) -> torch.dtype:
+    """The element type of weights, activations and cache. Raises ConfigError for one that is not served."""
+    if spec.dtype not in _DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}, got {spec.dtype!r}")
+    return _DTYPES[spec.dtype]
+
+
+def local_device(spec: CellSpec, index: int) -> torch.device:
+    """The device of the `index`-th rank of this host; one GPU per rank. Raises ConfigError when there is none."""
+    if spec.device == "cpu":
+        # One thread per rank: two OpenMP threads lose to two ranks as soon as anything else runs.
+        torch.set_num_threads(1)
+        return torch.device("cpu")
+    if index >= torch.cuda.device_count():
+        raise ConfigError(f"rank {index} of this host needs its own GPU, {torch.cuda.device_count()} are visible")
+    return torch.device("cuda", index)

@@ -1,0 +1,84 @@
+"""The one thread of a rank that owns the model and runs epochs, one after another."""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from cluster.logs import log_event
+from cluster.membership import Membership
+from model_shards.errors import EpochAbortedError, UnavailableError
+
+logger = logging.getLogger(__name__)
+
+# run_epoch(membership, global_rank, on_joined): returns at the epoch's orderly end, raises when it is aborted.
+RunEpoch = Callable[[Membership, int, Callable[[], None]], None]
+
+
+@dataclass(frozen=True)
+class EpochEnd:
+    """How an epoch ended on this rank."""
+
+    epoch: int
+    error: str | None  # None at an orderly end
+    is_fault: bool  # an error of this rank itself, not a lost peer: running the same step again would not help
+
+
+OnEpochEnd = Callable[[EpochEnd], None]
+
+
+@dataclass(frozen=True)
+class _Join:
+    membership: Membership
+    global_rank: int
+    joined: "Future[None]"
+
+
+class EpochThread:
+    """Runs `run_epoch` for each membership handed to `join`. A context manager; `close` ends the thread.
+
+    The caller must make a running epoch return (by its own stop flag) before the next `join` can start.
+    """
+
+    def __init__(self, name: str, run_epoch: RunEpoch, on_epoch_end: OnEpochEnd) -> None:
+        self._run_epoch = run_epoch
+        self._on_epoch_end = on_epoch_end
+        self._commands: queue.SimpleQueue[_Join | None] = queue.SimpleQueue()
+        # A daemon: a thread stuck in a collective must not keep a dying process alive.
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def join(self, membership: Membership, global_rank: int) -> "Future[None]":
+        """Asks for an epoch; the future is done once this rank's process groups stand, or holds the error."""
+        joined: Future[None] = Future()
+        self._commands.put(_Join(membership, global_rank, joined))
+        return joined
+
+    def close(self, timeout_s: float) -> bool:
+        """Ends the thread after the current epoch; whether it ended within `timeout_s` seconds."""
+        self._commands.put(None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while (command := self._commands.get()) is not None:
+            self._run_one(command)
+
+    def _run_one(self, command: _Join) -> None:
+        epoch = command.membership.epoch
+        error: str | None = None
+        is_fault = False
+        try:
+            self._run_epoch(command.membership, command.global_rank, lambda: command.joined.set_result(None))
+        except EpochAbortedError as aborted:
+            error = str(aborted)
+            log_event(logger, "epoch aborted", logging.WARNING, epoch=epoch, error=error)
+        except Exception as fault:  # the thread is the process's heart: whatever happened, the owner must learn it
+            error = f"{type(fault).__name__}: {fault}"
+            is_fault = True
+            logger.exception("epoch failed", extra={"fields": {"epoch": epoch}})
+        if not command.joined.done():
+            command.joined.set_exception(UnavailableError(error or f"epoch {epoch} ended before it was joined"))
+        self._on_epoch_end(EpochEnd(epoch, error, is_fault))

@@ -1,0 +1,124 @@
+"""The control side of a rank: registers with the coordinator, carries out its commands, reports what happened."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable
+from concurrent.futures import Future
+from typing import Protocol
+
+from cluster.control import Command, CoordinatorClient, Join, Leave, OpenRendezvous, Registration
+from cluster.epoch_thread import EpochEnd
+from cluster.logs import log_event
+from cluster.membership import Membership, Rendezvous
+from cluster.topology import Role
+from model_shards.errors import ShoalError, UnavailableError
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 10.0  # how long one question for a command may stay open
+_RETRY_S = 1.0
+
+
+class RankRuntime(Protocol):
+    """What an agent steers: an AttentionReplica or an ExpertShard."""
+
+    def join(self, membership: Membership, global_rank: int) -> "Future[None]": ...
+
+    def leave(self) -> None: ...
+
+
+class RendezvousHost(Protocol):
+    """What an agent of an attention rank can also do."""
+
+    def open_rendezvous(self, epoch: int) -> Rendezvous: ...
+
+
+class RankAgent:
+    """Runs on the event loop of its process. `run` returns only when cancelled."""
+
+    def __init__(
+        self,
+        client: CoordinatorClient,
+        uid: str,
+        role: Role,
+        ep_rank: int | None,
+        runtime: RankRuntime,
+        rendezvous_host: RendezvousHost | None,
+    ) -> None:
+        self._client = client
+        self._uid = uid
+        self._role = role
+        self._ep_rank = ep_rank
+        self._runtime = runtime
+        self._rendezvous_host = rendezvous_host
+        self._current: Join | None = None
+        self._reports: set[asyncio.Task[None]] = set()
+        self.first_joined = asyncio.Event()
+
+    def epoch_ended(self, end: EpochEnd) -> None:
+        """Call on the event loop when the rank's thread left an epoch."""
+        if self._current is not None and self._current.membership.epoch == end.epoch:
+            self._current = None
+        report = self._client.epoch_ended(self._uid, end.epoch, end.error)
+        self._keep(asyncio.get_running_loop().create_task(self._tell(report)))
+
+    async def run(self) -> None:
+        """Registers and serves commands, for ever; a coordinator that is away is waited for."""
+        registered = False
+        while True:
+            try:
+                if not registered:
+                    await self._client.register(self._registration())
+                    registered = True
+                command = await self._client.next_command(self._uid, POLL_S)
+            except UnavailableError as error:
+                registered = False
+                log_event(logger, "coordinator away", logging.WARNING, error=str(error))
+                await asyncio.sleep(_RETRY_S)
+                continue
+            if command is not None:
+                await self._carry_out(command)
+
+    def _registration(self) -> Registration:
+        current = self._current
+        if current is None:
+            return Registration(self._uid, self._role, self._ep_rank)
+        return Registration(self._uid, self._role, self._ep_rank, current.membership, current.global_rank)
+
+    async def _carry_out(self, command: Command) -> None:
+        match command:
+            case OpenRendezvous(epoch):
+                if self._rendezvous_host is None:
+                    raise UnavailableError(f"rank {self._uid} cannot serve a rendezvous: it is an expert rank")
+                rendezvous = self._rendezvous_host.open_rendezvous(epoch)
+                await self._tell(self._client.rendezvous_opened(self._uid, epoch, rendezvous))
+            case Join(membership, _):
+                self._current = command
+                future = self._runtime.join(membership, command.global_rank)
+                self._watch_join(membership.epoch, future)
+            case Leave():
+                self._runtime.leave()
+
+    def _watch_join(self, epoch: int, future: "Future[None]") -> None:
+        async def wait() -> None:
+            try:
+                await asyncio.wrap_future(future)
+            except ShoalError as error:
+                # `epoch_ended` reports it to the coordinator; here only the log learns of it.
+                log_event(logger, "join failed", logging.WARNING, epoch=epoch, error=str(error))
+                return
+            self.first_joined.set()
+            await self._tell(self._client.joined(self._uid, epoch))
+
+        self._keep(asyncio.get_running_loop().create_task(wait()))
+
+    def _keep(self, task: "asyncio.Task[None]") -> None:
+        self._reports.add(task)
+        task.add_done_callback(self._reports.discard)
+
+    async def _tell(self, call: Awaitable[None]) -> None:
+        try:
+            await call
+        except UnavailableError as error:
+            # The coordinator restarts and asks anew: registration carries all it must know.
+            log_event(logger, "report not delivered", logging.WARNING, error=str(error))

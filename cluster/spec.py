@@ -1,0 +1,37 @@
+"""What every rank of a cell is told at its start. No torch: the coordinator and the gateway read it too."""
+
+from dataclasses import dataclass
+
+from cluster.limits import EngineLimits
+from cluster.topology import Topology
+from model_shards.config import ModelConfig
+from model_shards.errors import ConfigError
+from model_shards.placement import ExpertPlacement, contiguous_placement
+
+
+@dataclass(frozen=True)
+class CellSpec:
+    """One cell: the checkpoint, its cut, and the bounds of its engines."""
+
+    model_directory: str
+    topology: Topology
+    device: str  # "cpu" | "cuda"
+    dtype: str  # "float32" | "bfloat16"
+    limits: EngineLimits
+    host: str = "127.0.0.1"  # the interface that ranks of this host meet on
+    join_timeout_s: float = 120.0
+    exchange_timeout_s: float = 60.0
+    log_level: str = "INFO"
+
+    @property
+    def backend(self) -> str:
+        """The data plane's torch.distributed backend."""
+        return "nccl" if self.device == "cuda" else "gloo"
+
+    def placement(self, config: ModelConfig) -> ExpertPlacement:
+        """Which shard holds which expert; the same on every rank."""
+        if config.n_routed_experts is None:
+            raise ConfigError(
+                f"{self.model_directory} has no routed experts (n_routed_experts is not set): nothing to shard"
+            )
+        return contiguous_placement(config.n_routed_experts, self.topology.num_expert)

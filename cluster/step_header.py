@@ -1,0 +1,81 @@
+"""The StepHeader: what every rank tells every other before a step.
+
+One row of int64 per rank, gathered over the control group (gloo, CPU):
+
+    [ epoch | ends | tokens of micro-batch 0 | 1 | 2 ]        expert ranks send zero tokens
+
+All ranks see all rows, so all ranks decide alike: run, fall idle, or end the epoch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from cluster.dispatch.base import StepPlan
+from cluster.process_group import EpochGroups
+from cluster.topology import Topology
+from model_shards.errors import EpochAbortedError
+
+MAX_MICRO_BATCHES = 3
+_FIELDS = 2 + MAX_MICRO_BATCHES
+
+
+@dataclass(frozen=True)
+class StepHeader:
+    """One rank's word about the next step."""
+
+    epoch: int
+    tokens: tuple[int, ...]  # per micro-batch; at most MAX_MICRO_BATCHES
+    ends: bool  # this rank wants the epoch to end at this step boundary
+
+
+@dataclass(frozen=True)
+class AgreedStep:
+    """What all ranks concluded from all headers."""
+
+    plan: StepPlan
+    ends: bool
+
+    @property
+    def idle(self) -> bool:
+        """No rank has a token."""
+        return not any(any(tokens) for tokens in self.plan.tokens)
+
+
+def agree(rows: list[list[int]], epoch: int, topology: Topology, num_micro_batches: int) -> AgreedStep:
+    """Folds the headers of all ranks into one decision.
+
+    Raises EpochAbortedError when a header is of another epoch (fencing).
+    """
+    for global_rank, row in enumerate(rows):
+        if row[0] != epoch:
+            raise EpochAbortedError(
+                f"rank {topology.name(global_rank)} sent a step header of epoch {row[0]} into epoch {epoch}"
+            )
+    tokens = tuple(tuple(row[2 : 2 + num_micro_batches]) for row in rows[: topology.num_attention])
+    return AgreedStep(StepPlan(epoch, tokens), ends=any(row[1] for row in rows))
+
+
+class HeaderExchange:
+    """Gathers headers; its buffers are made once per epoch. Every rank must call `exchange` once a step."""
+
+    def __init__(self, groups: EpochGroups, topology: Topology, num_micro_batches: int) -> None:
+        self._groups = groups
+        self._topology = topology
+        self._num_micro_batches = num_micro_batches
+        self._mine = torch.zeros(_FIELDS, dtype=torch.int64)
+        self._all = [torch.zeros(_FIELDS, dtype=torch.int64) for _ in range(topology.world_size)]
+
+    def exchange(self, header: StepHeader) -> AgreedStep:
+        """Blocks until all ranks sent theirs, at most the epoch's exchange timeout.
+
+        Raises EpochAbortedError when a rank is lost, late, or in another epoch.
+        """
+        padded = [*header.tokens, *([0] * (MAX_MICRO_BATCHES - len(header.tokens)))]
+        self._mine.copy_(torch.tensor([header.epoch, int(header.ends), *padded]))
+        try:
+            self._groups.control.allgather([self._all], [self._mine]).wait()
+        except RuntimeError as error:
+            raise EpochAbortedError(f"the step header exchange of epoch {header.epoch} failed: {error}") from error
+        rows = [[int(value) for value in row] for row in torch.stack(self._all).tolist()]
+        return agree(rows, header.epoch, self._topology, self._num_micro_batches)

@@ -1,0 +1,148 @@
+"""The step loop of an attention rank: inbox -> schedule -> agree -> run -> commit -> outbox, in one plain thread."""
+
+import logging
+import queue
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from cluster.dispatch import make_attention_dispatcher
+from cluster.dispatch.base import AttentionDispatcher
+from cluster.engine import Engine, ScheduledStep
+from cluster.epoch_session import EpochSession, LeaveFlag, open_session
+from cluster.logs import log_event
+from cluster.membership import Membership
+from cluster.request import GenerationRequest, ReplicaLoad, StepOutput
+from cluster.step_header import AgreedStep, StepHeader
+from model_shards.config import ModelConfig
+from model_shards.errors import ShoalError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A request that the engine refused at its door."""
+
+    request_id: str
+    error: ShoalError
+
+
+@dataclass(frozen=True)
+class StepEvents:
+    """All that one step has to say to the front end; crosses in one message."""
+
+    outputs: tuple[StepOutput, ...]
+    rejections: tuple[Rejection, ...]
+
+
+OnEvents = Callable[[StepEvents], None]
+
+
+class StepLoop:
+    """Owns the engine. `submit`, `cancel`, `leave` are for any thread; `run_epoch` is the step thread's."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_micro_batches: int,
+        on_events: OnEvents,
+    ) -> None:
+        self._engine = engine
+        self._config = config
+        self._dtype = dtype
+        self._device = device
+        self._num_micro_batches = num_micro_batches
+        self._on_events = on_events
+        self._inbox: queue.SimpleQueue[GenerationRequest | str] = queue.SimpleQueue()
+        self._leave = LeaveFlag()
+        self._ring: Callable[[], None] | None = None
+        self._load = engine.load()
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Hands a request to the engine at the next step boundary."""
+        self._inbox.put(request)
+        self._wake()
+
+    def cancel(self, request_id: str) -> None:
+        """Frees a request's blocks at the next step boundary; an unknown id is no error."""
+        self._inbox.put(request_id)
+        self._wake()
+
+    def leave(self) -> None:
+        """Ends the running epoch at its next step boundary."""
+        self._leave.ask()
+
+    def load(self) -> ReplicaLoad:
+        """Load as of the last step boundary."""
+        return self._load
+
+    def run_epoch(self, membership: Membership, global_rank: int, on_joined: Callable[[], None]) -> None:
+        """Joins the epoch and steps until it ends. Raises EpochAbortedError; uncommitted work is then forgotten."""
+        with open_session(membership, global_rank, self._device, self._num_micro_batches) as session:
+            dispatcher = make_attention_dispatcher(
+                session.groups, membership, global_rank, self._config, self._dtype, self._device
+            )
+            with self._leave.during(session.bell):
+                self._ring = session.bell.ring
+                try:
+                    on_joined()
+                    log_event(logger, "epoch joined", epoch=membership.epoch)
+                    while not self._step(session, dispatcher):
+                        pass
+                finally:
+                    self._ring = None
+
+    def _step(self, session: EpochSession, dispatcher: AttentionDispatcher) -> bool:
+        """One step; whether the epoch ends here."""
+        rejections = self._drain_inbox()
+        step = self._engine.schedule()
+        try:
+            tokens = tuple(batch.num_tokens for batch in step.micro_batches)
+            agreed = session.headers.exchange(StepHeader(session.membership.epoch, tokens, self._leave.asked()))
+            outputs = self._run(step, agreed, dispatcher)
+        except BaseException:
+            self._engine.abandon(step)
+            raise
+        self._load = self._engine.load()
+        if outputs or rejections:
+            self._on_events(StepEvents(tuple(outputs), tuple(rejections)))
+        if agreed.idle and not agreed.ends:
+            session.bell.sleep(self._has_news)
+        return agreed.ends
+
+    def _run(self, step: ScheduledStep, agreed: AgreedStep, dispatcher: AttentionDispatcher) -> list[StepOutput]:
+        if agreed.idle:
+            self._engine.abandon(step)
+            return []
+        dispatcher.begin_step(agreed.plan)
+        routed = [dispatcher.routed(index) for index in range(self._num_micro_batches)]
+        return self._engine.commit(step, self._engine.run(step, routed))
+
+    def _drain_inbox(self) -> list[Rejection]:
+        rejections: list[Rejection] = []
+        while True:
+            try:
+                item = self._inbox.get_nowait()
+            except queue.Empty:
+                return rejections
+            if isinstance(item, str):
+                self._engine.cancel(item)
+                continue
+            try:
+                self._engine.add(item)
+            except ShoalError as error:
+                rejections.append(Rejection(item.request_id, error))
+
+    def _has_news(self) -> bool:
+        return not self._inbox.empty() or self._leave.asked() or self._engine.has_work()
+
+    def _wake(self) -> None:
+        # A local: the step thread may lower the attribute between the test and the call.
+        ring = self._ring
+        if ring is not None:
+            ring()

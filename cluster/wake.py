@@ -1,0 +1,72 @@
+"""How an idle cell sleeps: every rank blocks on one key of the epoch's store, and any rank may set it.
+
+When no rank has a token, all ranks know it from the same headers, so all wait for the same key `wake/G`,
+where G counts the sleeps of this epoch. Setting a key twice is harmless, so any number of ranks may ring.
+
+    step thread:  headers all zero -> sleep(): wait(wake/G) ............ returns -> G + 1
+    front end:                                 new request -> ring(): set(wake/G)
+"""
+
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from model_shards.errors import EpochAbortedError
+
+# A wait is cut into slices only so that no wait is without a deadline; each slice costs one message.
+_SLICE = timedelta(seconds=60)
+
+
+class WakeBell:
+    """The bell of one epoch, on one rank. `sleep` is for the step thread, `ring` for any thread."""
+
+    def __init__(self, waiting: dist.Store, ringing: dist.Store) -> None:
+        """`waiting` and `ringing` are two connections to one store: a blocked wait holds its connection."""
+        self._waiting = waiting
+        self._ringing = ringing
+        self._lock = threading.Lock()
+        self._generation = 0
+        self._sleeping = False
+
+    def sleep(self, has_news: Callable[[], bool]) -> None:
+        """Blocks until any rank rings. `has_news` is asked once asleep, so that no ring is lost.
+
+        Raises EpochAbortedError when the store, and so rank 0, is gone.
+        """
+        with self._lock:
+            self._sleeping = True
+        try:
+            if has_news():
+                self.ring()
+            self._wait(f"wake/{self._generation}")
+        except (RuntimeError, OSError) as error:
+            raise EpochAbortedError(f"the epoch's store is gone while idle: {error}") from error
+        finally:
+            with self._lock:
+                self._sleeping = False
+                self._generation += 1
+
+    def ring(self) -> None:
+        """Wakes every rank if this one sleeps; else the step thread will see the news itself.
+
+        A store that is gone is not an error here: the step thread meets the same fault and reports it.
+        """
+        with self._lock:
+            if not self._sleeping:
+                return
+            key = f"wake/{self._generation}"
+            try:
+                self._ringing.set(key, "1")
+            except (RuntimeError, OSError):
+                return
+
+    def _wait(self, key: str) -> None:
+        while True:
+            try:
+                self._waiting.wait([key], _SLICE)
+                return
+            except dist.DistStoreError as error:
+                if "timeout" not in str(error).lower():
+                    raise

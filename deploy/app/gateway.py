@@ -1,0 +1,106 @@
+"""The Ray Serve shell of the gateway: one class behind the gRPC proxy and the HTTP proxy; it only forwards."""
+
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from fastapi import FastAPI
+from grpc_health.v1 import health_pb2
+from ray import serve
+from ray.serve.grpc_util import RayServegRPCContext
+from ray.serve.handle import DeploymentHandle
+
+from cluster.logs import configure_logging
+from cluster.request import GenerationRequest, StepOutput
+from deploy.config import ShoalSettings
+from deploy.gateway import inference_pb2 as pb
+from deploy.gateway.grpc_methods import InferenceServicer
+from deploy.gateway.http import create_http_app
+from deploy.gateway.service import Gateway
+from deploy.text import ChatTokenizer
+from model_shards.config import load_model_config
+
+
+class ServeEngineClient:
+    """EngineClient over a Serve deployment handle: Serve picks the replica, closing the stream cancels."""
+
+    def __init__(self, attention: DeploymentHandle) -> None:
+        self._attention = attention.options(stream=True)
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[StepOutput]:
+        """Streams from one attention replica; leaving early cancels the request there."""
+        stream = self._attention.generate.remote(request)
+        ended = False
+        try:
+            async for output in stream:
+                ended = output.finish_reason is not None
+                yield output
+        finally:
+            if not ended:
+                stream.cancel()
+
+    async def cancel(self, request_id: str) -> None:
+        """Nothing to do: leaving `generate` cancels, and it is always left."""
+
+
+def _http_app() -> FastAPI:
+    def gateway() -> Gateway:
+        deployment = serve.get_replica_context().servable_object
+        assert isinstance(deployment.gateway, Gateway)
+        return deployment.gateway
+
+    return create_http_app(gateway)
+
+
+@serve.deployment
+@serve.ingress(_http_app)
+class GatewayDeployment:
+    """gRPC methods carry the names of the protobuf services; Serve routes by them."""
+
+    def __init__(self, settings: ShoalSettings, max_model_len: int, attention: DeploymentHandle) -> None:
+        configure_logging("gateway", uuid.uuid4().hex[:8], settings.log.level)
+        directory = Path(settings.model.path)
+        config = load_model_config(directory)
+        self.gateway = Gateway(
+            tokenizer=ChatTokenizer.load(directory),
+            model_name=settings.model.name,
+            vocab_size=config.vocab_size,
+            max_model_len=max_model_len,
+            engine=ServeEngineClient(attention),
+            max_concurrent_requests=settings.server.max_concurrent_requests,
+        )
+        self._servicer = InferenceServicer(self.gateway)
+
+    async def ChatCompletion(
+        self, request: pb.ChatCompletionRequest, grpc_context: RayServegRPCContext
+    ) -> AsyncIterator[pb.ChatCompletionChunk]:
+        async for chunk in self._servicer.chat_completion(request, grpc_context):
+            yield chunk
+
+    async def Completion(
+        self, request: pb.CompletionRequest, grpc_context: RayServegRPCContext
+    ) -> AsyncIterator[pb.CompletionChunk]:
+        async for chunk in self._servicer.completion(request, grpc_context):
+            yield chunk
+
+    async def ListModels(
+        self, request: pb.ListModelsRequest, grpc_context: RayServegRPCContext
+    ) -> pb.ListModelsResponse:
+        return await self._servicer.list_models(request, grpc_context)
+
+    async def Tokenize(self, request: pb.TokenizeRequest, grpc_context: RayServegRPCContext) -> pb.TokenizeResponse:
+        return await self._servicer.tokenize(request, grpc_context)
+
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, grpc_context: RayServegRPCContext
+    ) -> pb.DetokenizeResponse:
+        return await self._servicer.detokenize(request, grpc_context)
+
+    async def Check(
+        self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
+    ) -> health_pb2.HealthCheckResponse:
+        return await self._servicer.check(request, grpc_context)
+
+    async def drain(self) -> None:
+        """From now on new requests are refused with UNAVAILABLE; returns when the running ones ended."""
+        await self.gateway.drain()
