@@ -43,6 +43,7 @@ class _Rank:
     registration: Registration
     last_seen: float
     mailbox: "asyncio.Queue[Command]" = field(default_factory=asyncio.Queue)
+    commanded_epoch: int = 0  # the last epoch it was told to join
     joined_epoch: int = 0
     ended_epoch: int = 0
 
@@ -182,6 +183,7 @@ class Coordinator:
             self._exchange_timeout_s,
         )
         for global_rank, member in enumerate(members):
+            member.commanded_epoch = epoch
             member.mailbox.put_nowait(Join(membership, global_rank))
         # The ranks' own deadline names who is missing; this one only catches ranks that died while joining.
         await self._until(
@@ -211,11 +213,11 @@ class Coordinator:
         epoch = self._epoch
         members = [self._ranks[uid] for uid in self._places if uid is not None]
         for member in members:
-            if member.ended_epoch < epoch:
+            if member.ended_epoch < epoch and member.commanded_epoch == epoch:
                 member.mailbox.put_nowait(Leave(epoch))
-        await self._until(lambda: all(m.ended_epoch == epoch or m.joined_epoch < epoch for m in members), _ROLL_CALL_S)
+        await self._until(lambda: all(m.ended_epoch >= m.commanded_epoch for m in members), _ROLL_CALL_S)
         for member in members:
-            if member.ended_epoch < epoch <= member.joined_epoch:
+            if member.ended_epoch < member.commanded_epoch:
                 log_event(logger, "rank lost", logging.WARNING, uid=member.registration.uid)
                 self._drop(member.registration.uid)
         self._state = CellState.WAITING
@@ -258,7 +260,7 @@ class Coordinator:
         if membership.epoch < self._epoch or self._state not in (CellState.WAITING, CellState.RUNNING):
             return
         self._epoch = membership.epoch
-        rank.joined_epoch = membership.epoch
+        rank.commanded_epoch = rank.joined_epoch = membership.epoch
         place = rank.registration.global_rank
         if rank.registration.role is Role.ATTENTION and place is not None:
             self._places = [None if held == rank.registration.uid else held for held in self._places]

@@ -51,7 +51,8 @@ class RankAgent:
         self._ep_rank = ep_rank
         self._runtime = runtime
         self._rendezvous_host = rendezvous_host
-        self._current: Join | None = None
+        self._current: Join | None = None  # told to join, and not ended yet
+        self._is_joined = False
         self._reports: set[asyncio.Task[None]] = set()
         self.first_joined = asyncio.Event()
 
@@ -59,6 +60,7 @@ class RankAgent:
         """Call on the event loop when the rank's thread left an epoch."""
         if self._current is not None and self._current.membership.epoch == end.epoch:
             self._current = None
+            self._is_joined = False
         report = self._client.epoch_ended(self._uid, end.epoch, end.error)
         self._keep(asyncio.get_running_loop().create_task(self._tell(report)))
 
@@ -81,7 +83,7 @@ class RankAgent:
 
     def _registration(self) -> Registration:
         current = self._current
-        if current is None:
+        if current is None or not self._is_joined:
             return Registration(self._uid, self._role, self._ep_rank)
         return Registration(self._uid, self._role, self._ep_rank, current.membership, current.global_rank)
 
@@ -94,10 +96,13 @@ class RankAgent:
                 await self._tell(self._client.rendezvous_opened(self._uid, epoch, rendezvous))
             case Join(membership, _):
                 self._current = command
+                self._is_joined = False
                 future = self._runtime.join(membership, command.global_rank)
                 self._watch_join(membership.epoch, future)
-            case Leave():
-                self._runtime.leave()
+            case Leave(epoch):
+                # A late word about an older epoch must not end the one that runs.
+                if self._current is not None and self._current.membership.epoch == epoch:
+                    self._runtime.leave()
 
     def _watch_join(self, epoch: int, future: "Future[None]") -> None:
         async def wait() -> None:
@@ -107,6 +112,8 @@ class RankAgent:
                 # `epoch_ended` reports it to the coordinator; here only the log learns of it.
                 log_event(logger, "join failed", logging.WARNING, epoch=epoch, error=str(error))
                 return
+            if self._current is not None and self._current.membership.epoch == epoch:
+                self._is_joined = True
             self.first_joined.set()
             await self._tell(self._client.joined(self._uid, epoch))
 

@@ -1,0 +1,64 @@
+"""Dispatch and combine between attention ranks and expert shards. The contract is in docs/dispatch.md."""
+
+import torch
+
+from cluster.dispatch.attention import LockstepAttentionDispatcher
+from cluster.dispatch.base import AttentionDispatcher, ExpertCompute, ExpertDispatcher, StepPlan
+from cluster.dispatch.expert import Fence, LockstepExpertDispatcher
+from cluster.dispatch.layout import RowShape
+from cluster.dispatch.local import LocalDispatcher
+from cluster.dispatch.transport import DirectTransport, Link, StagedTransport, Transport
+from cluster.membership import Membership
+from cluster.process_group import EpochGroups
+from model_shards.config import ModelConfig
+
+__all__ = [
+    "AttentionDispatcher",
+    "ExpertCompute",
+    "ExpertDispatcher",
+    "LocalDispatcher",
+    "StepPlan",
+    "make_attention_dispatcher",
+    "make_expert_dispatcher",
+]
+
+
+def make_attention_dispatcher(
+    groups: EpochGroups,
+    membership: Membership,
+    attention_rank: int,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> AttentionDispatcher:
+    """The dispatcher of one attention rank; lives as long as `groups`."""
+    topology = membership.topology
+    link = _link(groups, membership, topology.attention_global_rank(attention_rank), device)
+    shape = _row_shape(config, dtype)
+    return LockstepAttentionDispatcher(link, topology, membership.placement, attention_rank, shape, device)
+
+
+def make_expert_dispatcher(
+    groups: EpochGroups,
+    membership: Membership,
+    ep_rank: int,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> ExpertDispatcher:
+    """The dispatcher of one expert rank; lives as long as `groups`."""
+    topology = membership.topology
+    global_rank = topology.expert_global_rank(ep_rank)
+    link = _link(groups, membership, global_rank, device)
+    fence = Fence(membership.epoch, device, topology.name(global_rank))
+    return LockstepExpertDispatcher(link, topology, config.moe_layers, _row_shape(config, dtype), fence, device)
+
+
+def _row_shape(config: ModelConfig, dtype: torch.dtype) -> RowShape:
+    return RowShape(config.hidden_size, config.num_experts_per_tok, dtype)
+
+
+def _link(groups: EpochGroups, membership: Membership, global_rank: int, device: torch.device) -> Link:
+    staged = membership.backend == "gloo" and device.type == "cuda"
+    transport: Transport = StagedTransport(groups.data) if staged else DirectTransport(groups.data)
+    return Link(transport, membership.epoch, membership.topology.name(global_rank))

@@ -1,0 +1,75 @@
+"""What the step loop sees of the exchange, whichever transport carries it."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from model_shards.routed import RoutedExperts
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What all ranks agreed on before a step. Every size of the step's exchanges follows from it."""
+
+    epoch: int
+    tokens: tuple[tuple[int, ...], ...]  # [attention_rank][micro_batch]
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of the step, empty ones included; the same on every rank."""
+        return len(self.tokens[0])
+
+    def tokens_of(self, micro_batch: int) -> tuple[int, ...]:
+        """T of each attention rank in one micro-batch."""
+        return tuple(counts[micro_batch] for counts in self.tokens)
+
+    @property
+    def active_micro_batches(self) -> tuple[int, ...]:
+        """Micro-batches that hold a token on any rank. The others have no exchange, on all ranks alike."""
+        return tuple(index for index in range(self.num_micro_batches) if any(self.tokens_of(index)))
+
+
+class AttentionDispatcher(Protocol):
+    """The attention side of one epoch. Used by one thread."""
+
+    def begin_step(self, plan: StepPlan) -> None:
+        """Sizes the buffers of the step. Must come before `routed`; no exchange may be under way."""
+        ...
+
+    def routed(self, micro_batch: int) -> RoutedExperts:
+        """What stands in for the routed experts of one micro-batch of the step begun last."""
+        ...
+
+    @property
+    def rows_sent(self) -> tuple[int, ...]:
+        """Rows sent to each expert shard in this epoch."""
+        ...
+
+
+class ExpertCompute(Protocol):
+    """A shard's routed experts: `model_shards.experts.ExpertShardModel`."""
+
+    def forward(
+        self,
+        layer: int,
+        hidden: torch.Tensor,  # [R, H]
+        local_ids: torch.Tensor,  # [R, K] int64, -1: no expert of this shard
+        weights: torch.Tensor,  # [R, K] float32
+        /,
+    ) -> torch.Tensor:
+        """[R, H]: for each row the weighted sum of its experts' outputs; zeros for a row without experts."""
+        ...
+
+
+class ExpertDispatcher(Protocol):
+    """The expert side of one epoch. Used by one thread."""
+
+    def run_step(self, plan: StepPlan, shard: ExpertCompute) -> None:
+        """Answers every exchange of the step; blocks until it is over. Raises EpochAbortedError."""
+        ...
+
+    @property
+    def rows_received(self) -> int:
+        """Rows received in this epoch; a step counts once it is over."""
+        ...

@@ -1,0 +1,175 @@
+"""The expert side of the exchange: take the rows of all attention ranks, compute, send the sums back.
+
+Shapes: A attention ranks with tokens, T_a tokens of rank a, R = sum of T_a, K experts per token, H hidden size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from cluster.dispatch.base import ExpertCompute, StepPlan
+from cluster.dispatch.layout import DispatchSegment, RowShape
+from cluster.dispatch.order import Direction, exchange_order
+from cluster.dispatch.transport import BufferPool, Flight, Lane, Link
+from cluster.topology import Topology
+from model_shards.errors import EpochAbortedError
+
+
+class RowBatch:
+    """The segments of one micro-batch, and their rows laid end to end for the shard.
+
+    incoming   [ T_0 rows of A0 | T_2 rows of A2 | ... ]   ranks without tokens have no segment
+    hidden     [ R rows, in the same order             ]   unused rows have local ids -1 throughout
+    outgoing   [ T_0 sums       | T_2 sums       | ... ]
+    """
+
+    def __init__(
+        self,
+        incoming: tuple[DispatchSegment, ...],
+        outgoing: tuple[torch.Tensor, ...],
+        pool: BufferPool,
+        name: str,
+    ) -> None:
+        sizes = [segment.hidden.shape[0] for segment in incoming]
+        num_rows, hidden_size, top_k = sum(sizes), incoming[0].hidden.shape[1], incoming[0].local_ids.shape[1]
+        dtype = incoming[0].hidden.dtype
+        self._incoming = incoming
+        self._outgoing = outgoing
+        self._sizes = sizes
+        hidden = pool.take(f"{name} hidden", num_rows * hidden_size * dtype.itemsize)
+        local_ids = pool.take(f"{name} local ids", num_rows * top_k * 8)
+        weights = pool.take(f"{name} weights", num_rows * top_k * 4)
+        self._hidden = hidden.view(dtype).view(num_rows, hidden_size)  # [R, H]
+        self._local_ids = local_ids.view(torch.int64).view(num_rows, top_k)  # [R, K]
+        self._weights = weights.view(torch.float32).view(num_rows, top_k)  # [R, K]
+
+    def headers(self) -> torch.Tensor:
+        """Epoch and row count of each segment: [A, 2] int64."""
+        return torch.stack([segment.header for segment in self._incoming])
+
+    def compute(self, layer: int, shard: ExpertCompute) -> None:
+        """Fills the outgoing segments from the incoming ones."""
+        parts = zip(
+            self._incoming,
+            torch.split(self._hidden, self._sizes),
+            torch.split(self._local_ids, self._sizes),
+            torch.split(self._weights, self._sizes),
+            strict=True,
+        )
+        for segment, hidden, local_ids, weights in parts:
+            hidden.copy_(segment.hidden)
+            local_ids.copy_(segment.local_ids)
+            weights.copy_(segment.weights)
+        sums = shard.forward(layer, self._hidden, self._local_ids, self._weights)
+        for outgoing, part in zip(self._outgoing, torch.split(sums, self._sizes), strict=True):
+            outgoing.copy_(part)
+
+
+class Fence:
+    """Counts rows and refuses those of another epoch.
+
+    On CPU a stranger is refused before it is computed. On CUDA the tally stays on the device, so that no layer makes
+    the host wait, and is read once at the end of the step; what a stranger got back by then is its own rows' sums.
+    """
+
+    def __init__(self, epoch: int, device: torch.device, rank_name: str) -> None:
+        self._epoch = epoch
+        self._eager = device.type == "cpu"
+        self._rank_name = rank_name
+        self._tally = torch.zeros(2, dtype=torch.int64, device=device)  # rows, segments of another epoch
+
+    def admit(self, headers: torch.Tensor) -> None:
+        """Tallies `headers` [A, 2]. May raise EpochAbortedError."""
+        strangers = headers[:, 0] != self._epoch
+        self._tally += torch.stack([headers[:, 1].sum(), strangers.sum()])
+        if self._eager:
+            self.settle()
+
+    def settle(self) -> int:
+        """Rows admitted so far; the host waits for the device. Raises EpochAbortedError on a stranger."""
+        rows, strangers = self._tally.tolist()
+        if strangers:
+            raise EpochAbortedError(
+                f"rank {self._rank_name} received {strangers} segments of another epoch than {self._epoch}"
+            )
+        return int(rows)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where one micro-batch lives during a step."""
+
+    dispatch: Lane
+    combine: Lane
+    batch: RowBatch
+
+
+class LockstepExpertDispatcher:
+    """An `ExpertDispatcher` over the process group of one epoch."""
+
+    def __init__(
+        self,
+        link: Link,
+        topology: Topology,
+        moe_layers: tuple[int, ...],
+        shape: RowShape,
+        fence: Fence,
+        device: torch.device,
+    ) -> None:
+        self._link = link
+        self._topology = topology
+        self._moe_layers = moe_layers
+        self._shape = shape
+        self._fence = fence
+        self._pool = BufferPool(device)
+        self._rows_received = 0
+
+    @property
+    def rows_received(self) -> int:
+        """See `ExpertDispatcher`."""
+        return self._rows_received
+
+    def run_step(self, plan: StepPlan, shard: ExpertCompute) -> None:
+        """See `ExpertDispatcher`. Leaves no exchange under way."""
+        slots = {index: self._slot(plan, index) for index in plan.active_micro_batches}
+        arriving: dict[int, Flight] = {}
+        leaving: dict[int, Flight] = {}
+        for exchange in exchange_order(self._moe_layers, tuple(slots)):
+            slot = slots[exchange.micro_batch]
+            if exchange.direction is Direction.DISPATCH:
+                arriving[exchange.micro_batch] = self._link.post(exchange, slot.dispatch)
+                continue
+            arriving.pop(exchange.micro_batch).wait()
+            self._fence.admit(slot.batch.headers())
+            # The sums of the layer before may still be leaving from the buffer that is about to be written.
+            if exchange.micro_batch in leaving:
+                leaving.pop(exchange.micro_batch).wait()
+            slot.batch.compute(exchange.layer, shard)
+            leaving[exchange.micro_batch] = self._link.post(exchange, slot.combine)
+        for flight in leaving.values():
+            flight.wait()
+        self._rows_received = self._fence.settle()
+
+    def _slot(self, plan: StepPlan, micro_batch: int) -> _Slot:
+        tokens = plan.tokens_of(micro_batch)
+        in_sizes = [self._shape.dispatch_bytes(count) for count in tokens]
+        out_sizes = [self._shape.combine_bytes(count) for count in tokens]
+        received = self._pool.take(f"dispatch {micro_batch}", sum(in_sizes))
+        sent = self._pool.take(f"combine {micro_batch}", sum(out_sizes))
+        empty = self._pool.take("empty", 0)
+        nothing = [0] * self._topology.world_size
+        none_from_experts = [0] * self._topology.num_expert
+        with_tokens = [index for index, count in enumerate(tokens) if count]
+        incoming = torch.split(received, in_sizes)
+        outgoing = torch.split(sent, out_sizes)
+        batch = RowBatch(
+            tuple(self._shape.dispatch_segment(incoming[index], tokens[index]) for index in with_tokens),
+            tuple(self._shape.combine_segment(outgoing[index], tokens[index]) for index in with_tokens),
+            self._pool,
+            f"batch {micro_batch}",
+        )
+        return _Slot(
+            dispatch=Lane(empty, received, nothing, in_sizes + none_from_experts),
+            combine=Lane(sent, empty, out_sizes + none_from_experts, nothing),
+            batch=batch,
+        )

@@ -1,0 +1,66 @@
+"""The exchange in one process: the same layout, no process group. The oracle for every other transport."""
+
+from collections.abc import Sequence
+
+import torch
+
+from cluster.dispatch.attention import Back, ExpertTables, NothingRouted
+from cluster.dispatch.base import ExpertCompute, StepPlan
+from cluster.dispatch.expert import RowBatch
+from cluster.dispatch.layout import RowShape, pack_rows, sum_rows
+from cluster.dispatch.transport import BufferPool
+from model_shards.placement import ExpertPlacement
+from model_shards.routed import PendingCombine, RoutedExperts
+
+
+class LocalDispatcher:
+    """An `AttentionDispatcher` for one attention rank whose shards are called directly."""
+
+    def __init__(self, shards: Sequence[ExpertCompute], placement: ExpertPlacement, device: torch.device) -> None:
+        self._shards = tuple(shards)
+        self._tables = ExpertTables(placement, device)
+        self._device = device
+        self._plan: StepPlan | None = None
+
+    def begin_step(self, plan: StepPlan) -> None:
+        """See `AttentionDispatcher`."""
+        self._plan = plan
+
+    def routed(self, micro_batch: int) -> RoutedExperts:
+        """See `AttentionDispatcher`."""
+        assert self._plan is not None, "begin_step comes first"
+        if micro_batch not in self._plan.active_micro_batches:
+            return NothingRouted()
+        return _LocalRouted(self._shards, self._tables, self._plan.epoch, self._device)
+
+    @property
+    def rows_sent(self) -> tuple[int, ...]:
+        """See `AttentionDispatcher`."""
+        return self._tables.rows_sent
+
+
+class _LocalRouted:
+    def __init__(
+        self, shards: tuple[ExpertCompute, ...], tables: ExpertTables, epoch: int, device: torch.device
+    ) -> None:
+        self._shards = shards
+        self._tables = tables
+        self._epoch = epoch
+        self._pool = BufferPool(device)
+
+    def dispatch(
+        self, layer: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> PendingCombine:
+        """See `RoutedExperts`; computes at once."""
+        num_tokens = hidden.shape[0]
+        rows = self._tables.plan(topk_ids)
+        shape = RowShape(hidden.shape[1], topk_ids.shape[1], hidden.dtype)
+        count = len(self._shards)
+        out = self._pool.take("dispatch", count * shape.dispatch_bytes(num_tokens)).chunk(count)
+        back = self._pool.take("combine", count * shape.combine_bytes(num_tokens)).chunk(count)
+        outgoing = tuple(shape.dispatch_segment(segment, num_tokens) for segment in out)
+        returning = tuple(shape.combine_segment(segment, num_tokens) for segment in back)
+        pack_rows(rows, self._epoch, hidden, topk_weights, outgoing)
+        for shard, sent, sums in zip(self._shards, outgoing, returning, strict=True):
+            RowBatch((sent,), (sums,), self._pool, "batch").compute(layer, shard)
+        return Back(sum_rows(rows, returning))

@@ -1,0 +1,170 @@
+"""The process groups of one epoch.
+
+Both groups are built straight from the epoch's store, not through torch's default group, so one process may open
+and close epochs as often as it likes, and hold several at once:
+
+    control   gloo on CPU   step headers
+    data      gloo or nccl  dispatch and combine
+
+How ranks join (keys in the store, under `epoch<n>/`):
+
+    set joined/A0 -> wait for joined/* of all ranks -> build both groups -> set built/A0 -> wait for built/*
+
+Every wait ends at the one join deadline, and what is missing then is named.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store  # torch.distributed has them, unexported in its stubs
+
+from cluster.membership import Membership
+from cluster.rendezvous import first_line, local_address_towards
+from model_shards.errors import ConfigError, EpochAbortedError
+
+
+class EpochGroups:
+    """The groups of one epoch on one rank; a context manager. Build it with `open_epoch`."""
+
+    def __init__(self, control: dist.ProcessGroup, data: dist.ProcessGroup) -> None:
+        self.control = control
+        self.data = data
+        self._closed = False
+
+    def close(self) -> None:
+        """Aborts both groups: drops their connections, so that neither this rank nor a peer waits on. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        # Abort, not shutdown: shutdown waits for exchanges under way, and a dead peer never ends them.
+        self.data.abort()
+        self.control.abort()
+
+    def __enter__(self) -> "EpochGroups":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_epoch(membership: Membership, global_rank: int, device: torch.device, store: Store) -> EpochGroups:
+    """Joins an epoch; blocks until every rank has joined and built its groups.
+
+    Raises EpochAbortedError that names the ranks missing when `membership.join_timeout_s` passed, ConfigError when
+    backend and device do not go together. What was half built by then is closed.
+    """
+    check_backend(membership.backend, device)
+    joining = _Joining(membership, global_rank, store)
+    built: list[dist.ProcessGroup] = []
+    try:
+        with joining.guarded("join"):
+            joining.meet("joined")
+        with joining.guarded("build the process groups of"):
+            control = _open_gloo(membership, global_rank, joining.substore("control"), joining.left_s())
+            built.append(control)
+            data = _open_data(membership, global_rank, device, joining.substore("data"), joining.left_s())
+            built.append(data)
+            joining.meet("built")
+    except BaseException:
+        for group in reversed(built):
+            group.abort()
+        raise
+    return EpochGroups(control, data)
+
+
+def check_backend(backend: str, device: torch.device) -> None:
+    """Raises ConfigError unless `backend` can carry tensors of `device` (gloo carries CUDA through host memory)."""
+    if backend not in ("gloo", "nccl"):
+        raise ConfigError(f"the backend must be gloo or nccl, got {backend!r}")
+    if backend == "nccl" and device.type != "cuda":
+        raise ConfigError(f"the backend nccl needs a cuda device, got {device}")
+    if backend == "nccl" and not dist.is_nccl_available():
+        raise ConfigError("the backend nccl is not part of this build of torch")
+
+
+class _Joining:
+    """The clock and the roll call of one join."""
+
+    def __init__(self, membership: Membership, global_rank: int, store: Store) -> None:
+        self._membership = membership
+        self._store = PrefixStore(f"epoch{membership.epoch}", store)
+        topology = membership.topology
+        self._names = tuple(topology.name(rank) for rank in range(topology.world_size))
+        self._me = self._names[global_rank]
+        self._deadline = time.monotonic() + membership.join_timeout_s
+        self._stage = "joined"
+
+    def left_s(self) -> float:
+        """Seconds left to join; never 0, which torch reads as no wait at all."""
+        return max(self._deadline - time.monotonic(), 0.05)
+
+    def substore(self, name: str) -> Store:
+        """A store whose keys no other group can touch."""
+        return PrefixStore(name, self._store)
+
+    def meet(self, stage: str) -> None:
+        """Says that this rank reached `stage` and waits until all have."""
+        self._stage = stage
+        self._store.set(f"{stage}/{self._me}", "1")
+        self._store.wait([f"{stage}/{name}" for name in self._names], timedelta(seconds=self.left_s()))
+
+    @contextlib.contextmanager
+    def guarded(self, what: str) -> Iterator[None]:
+        """Turns any failure of the store or of a group into an EpochAbortedError that names who is missing."""
+        try:
+            yield
+        except (RuntimeError, OSError) as error:
+            missing = self._missing()
+            lost = f"missing: {', '.join(missing)}" if missing else "no rank missing"
+            raise EpochAbortedError(
+                f"rank {self._me} could not {what} epoch {self._membership.epoch} within "
+                f"{self._membership.join_timeout_s:g} s; {lost} ({first_line(error)})"
+            ) from error
+
+    def _missing(self) -> tuple[str, ...]:
+        # Ranks that never joined explain all later trouble, so they are named first and alone.
+        for stage in ("joined", "built") if self._stage == "built" else ("joined",):
+            try:
+                missing = tuple(name for name in self._names if not self._store.check([f"{stage}/{name}"]))
+            except (RuntimeError, OSError):
+                return (f"{self._names[0]} (the rendezvous)",)
+            if missing:
+                return missing
+        return ()
+
+
+def _open_gloo(membership: Membership, global_rank: int, store: Store, timeout_s: float) -> dist.ProcessGroup:
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # absent from torch's stubs
+    options._timeout = timedelta(seconds=timeout_s)
+    # Without a device of our own gloo would listen wherever the host name resolves to.
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=local_address_towards(membership.rendezvous))]
+    world_size = membership.topology.world_size
+    backend = dist.ProcessGroupGloo(store, global_rank, world_size, options)
+    # The join deadline bounded the connecting; from now on the deadline of one exchange holds.
+    backend._set_default_timeout(timedelta(seconds=membership.exchange_timeout_s))
+    group = dist.ProcessGroup(store, global_rank, world_size)
+    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
+    return group
+
+
+def _open_data(
+    membership: Membership, global_rank: int, device: torch.device, store: Store, timeout_s: float
+) -> dist.ProcessGroup:
+    if membership.backend == "gloo":
+        return _open_gloo(membership, global_rank, store, timeout_s)
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=membership.exchange_timeout_s)
+    world_size = membership.topology.world_size
+    backend = dist.ProcessGroupNCCL(store, global_rank, world_size, options)
+    group = dist.ProcessGroup(store, global_rank, world_size)
+    group._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, backend)
+    # NCCL connects lazily; do it now, so that a rank that cannot is met by the join deadline.
+    backend.eager_connect_single_device(device)
+    return group

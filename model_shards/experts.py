@@ -1,0 +1,101 @@
+"""The routed experts of one shard: stateless, one call per MoE layer and micro-batch.
+
+Shapes: R rows received, K expert slots per row, H hidden size, I moe_intermediate_size, E experts held here, P pairs.
+
+A row names up to K local experts; -1 means none. Pairs (row, slot) are sorted by expert, so that each expert's
+weights are read once, and come back to their place before they are summed:
+
+    local_ids   [[1, -1], [0, 1]]      pairs 0 1 2 3 with experts 1 - 0 1
+    sorted      - 0 1 1                pairs 1 2 0 3
+    rows        . 1 0 1                expert 0 computes row 1, expert 1 computes rows 0 and 1
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model_shards.config import ModelConfig
+from model_shards.linear import frozen_parameter
+
+
+class ExpertLayer(nn.Module):
+    """Weights of one layer's experts, contiguous per expert; gate and up stand together for one product."""
+
+    def __init__(self, config: ModelConfig, num_experts: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        hidden, width = config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = frozen_parameter((num_experts, 2 * width, hidden), dtype, device)  # [E, 2I, H]
+        self.down_proj = frozen_parameter((num_experts, hidden, width), dtype, device)  # [E, H, I]
+
+    def apply_expert(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
+        """SwiGLU of one local expert, [P, H] -> [P, H]."""
+        gate, up = F.linear(rows, self.gate_up_proj[expert]).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.down_proj[expert])
+
+
+class ExpertShardModel(nn.Module):
+    """The same logical experts of every MoE layer; `experts[i]` is local id i."""
+
+    def __init__(self, config: ModelConfig, experts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.experts = experts
+        self.moe_intermediate_size = config.moe_intermediate_size
+        self.moe_layers = config.moe_layers
+        self._index_of_layer = {layer: index for index, layer in enumerate(config.moe_layers)}
+        self.layers = nn.ModuleList(ExpertLayer(config, len(experts), dtype, device) for _ in config.moe_layers)
+
+    def forward(self, layer: int, hidden: torch.Tensor, local_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Weighted sum over each row's experts held here.
+
+        Args:
+            layer: index of the decoder layer; it must have routed experts.
+            hidden: [R, H]. local_ids: [R, K] int64, -1 for none. weights: [R, K] float32; ignored where the id is -1.
+
+        Returns [R, H] in hidden's dtype, summed in float32 in the order of the slots, so equal input gives equal
+        output whatever the device. R may be 0.
+        """
+        num_rows, top_k = local_ids.shape
+        flat_ids = local_ids.flatten()  # [R * K]
+        # Forced host sync: the sizes of the products depend on the routing.
+        counts = torch.bincount(flat_ids + 1, minlength=len(self.experts) + 1).tolist()
+        by_expert = flat_ids.argsort(stable=True)[counts[0] :]  # [P] pairs that name an expert
+        rows = hidden.index_select(0, by_expert // top_k)  # [P, H]
+        outputs = self._apply_experts(layer, rows, counts[1:])
+
+        slots = hidden.new_zeros((num_rows * top_k, hidden.shape[-1]))
+        slots.index_copy_(0, by_expert, outputs)
+        slots = slots.view(num_rows, top_k, hidden.shape[-1])  # [R, K, H]
+        weights = weights.masked_fill(local_ids < 0, 0.0)
+        total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        for slot in range(top_k):
+            total.addcmul_(slots[:, slot].float(), weights[:, slot, None])
+        return total.to(hidden.dtype)
+
+    def hf_slices(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face tensor name, writable view) for every tensor of this shard."""
+        width = self.moe_intermediate_size
+        for layer in self.moe_layers:
+            weights = self._layer(layer)
+            for local, expert in enumerate(self.experts):
+                prefix = f"model.layers.{layer}.mlp.experts.{expert}"
+                yield f"{prefix}.gate_proj.weight", weights.gate_up_proj.data[local, :width]
+                yield f"{prefix}.up_proj.weight", weights.gate_up_proj.data[local, width:]
+                yield f"{prefix}.down_proj.weight", weights.down_proj.data[local]
+
+    def _apply_experts(self, layer: int, rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        """Rows [P, H] lie expert after expert, counts[e] of them for local expert e."""
+        weights = self._layer(layer)
+        outputs = torch.empty_like(rows)
+        start = 0
+        for expert, count in enumerate(counts):
+            if count:
+                outputs[start : start + count] = weights.apply_expert(expert, rows[start : start + count])
+            start += count
+        return outputs
+
+    def _layer(self, layer: int) -> ExpertLayer:
+        module = self.layers[self._index_of_layer[layer]]
+        assert isinstance(module, ExpertLayer)
+        return module

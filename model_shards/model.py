@@ -1,0 +1,115 @@
+"""DeepSeek-V2 without its routed experts: everything that an attention rank computes.
+
+Shapes: T tokens of one micro-batch, H hidden size, R rows of logits wanted, V vocabulary.
+
+The module tree mirrors Hugging Face's, so parameter names are checkpoint names. Parameters ask for no gradient,
+hence nothing here records a graph and no grad mode need be entered, which a generator could not do safely: a mode
+is the thread's, and two interleaved generators would leave each other's. A caller may run them under
+torch.inference_mode() if the cache is only ever written under it.
+"""
+
+from collections.abc import Generator, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model_shards.attention_plan import plan_attention
+from model_shards.batch import AttentionBatch
+from model_shards.config import ModelConfig
+from model_shards.kv_cache import LatentKVCache
+from model_shards.linear import FrozenLinear, frozen_parameter
+from model_shards.mla import MultiHeadLatentAttention
+from model_shards.mlp import MLP
+from model_shards.moe import MoE
+from model_shards.norm import RMSNorm
+from model_shards.rope import RotaryEmbedding
+from model_shards.routed import RoutedExperts
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then a dense MLP or experts; both behind a norm and added to the residual."""
+
+    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.self_attn = MultiHeadLatentAttention(config, dtype, device)
+        self.mlp: MoE | MLP = (
+            MoE(config, dtype, device)
+            if config.is_moe_layer(layer)
+            else MLP(config.hidden_size, config.intermediate_size, dtype, device)
+        )
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+
+
+class TokenEmbedding(nn.Module):
+    """One row of H per token id."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.weight = frozen_parameter((config.vocab_size, config.hidden_size), dtype, device)
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """[T] int64 -> [T, H]."""
+        return F.embedding(token_ids, self.weight)
+
+
+class DecoderStack(nn.Module):
+    """What Hugging Face names `model`: embedding, layers, last norm."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.embed_tokens = TokenEmbedding(config, dtype, device)
+        self.decoder_layers = [DecoderLayer(config, i, dtype, device) for i in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(self.decoder_layers)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.rotary = RotaryEmbedding(config.rope, config.qk_rope_head_dim, device)
+
+
+class AttentionModel(nn.Module):
+    """The attention rank's part of the model; parameters are uninitialised until `hf_slices` are filled."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.config = config
+        self.model = DecoderStack(config, dtype, device)
+        self.lm_head: FrozenLinear | None = None
+        if not config.tie_word_embeddings:
+            self.lm_head = FrozenLinear(config.hidden_size, config.vocab_size, dtype, device)
+
+    def forward_steps(
+        self, batch: AttentionBatch, kv_cache: LatentKVCache, routed: RoutedExperts
+    ) -> Generator[None, None, torch.Tensor]:
+        """Computes one micro-batch, yielding once per MoE layer while its tokens are away.
+
+        Writes the tokens' latents into `kv_cache`; running the same batch again writes the same values. Dispatches
+        [0, H] at every MoE layer when the batch is empty. Returns logits [R, V] float32. Raises EpochAbortedError
+        as `PendingCombine.wait` does.
+        """
+        plan = plan_attention(batch, kv_cache.block_size)
+        rotary: tuple[torch.Tensor, torch.Tensor] = self.model.rotary(batch.positions)
+        hidden: torch.Tensor = self.model.embed_tokens(batch.token_ids)  # [T, H]
+        for index, layer in enumerate(self.model.decoder_layers):
+            normed = layer.input_layernorm(hidden)
+            hidden = hidden + layer.self_attn(index, normed, rotary, batch.slot_mapping, plan, kv_cache)
+            normed = layer.post_attention_layernorm(hidden)
+            if isinstance(layer.mlp, MoE):
+                away = layer.mlp.dispatch(index, normed, routed)
+                yield
+                hidden = hidden + away.wait()
+            else:
+                hidden = hidden + layer.mlp(normed)
+        return self._logits(hidden[batch.logits_indices])
+
+    def hf_slices(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face tensor name, writable tensor) for every tensor of an attention rank.
+
+        The gate's weight is float32 whatever the dtype; a tied `lm_head` has no tensor of its own.
+        """
+        for name, parameter in self.named_parameters():
+            yield name, parameter.data
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, H] -> [R, V] float32."""
+        head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return F.linear(self.model.norm(hidden), head).float()

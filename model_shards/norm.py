@@ -1,0 +1,24 @@
+"""Root mean square normalisation."""
+
+import torch
+from torch import nn
+
+from model_shards.linear import frozen_parameter
+
+# DeepseekV2Attention builds its two latent norms without passing `rms_norm_eps`, so they keep this default.
+LATENT_NORM_EPS = 1e-6
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, with the mean in float32 and the product in x's dtype (DeepseekV2RMSNorm)."""
+
+    def __init__(self, dim: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.weight = frozen_parameter((dim,), dtype, device)
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., dim] -> [..., dim]."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)

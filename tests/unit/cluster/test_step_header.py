@@ -1,0 +1,29 @@
+"""All ranks conclude the same from the same headers."""
+
+import pytest
+
+from cluster.step_header import agree
+from cluster.topology import Topology
+from model_shards.errors import EpochAbortedError
+
+TOPOLOGY = Topology(2, 1)
+
+
+def test_the_plan_holds_the_token_counts_of_every_attention_rank_and_micro_batch():
+    agreed = agree([[4, 0, 3, 2, 0], [4, 0, 0, 1, 0], [4, 0, 0, 0, 0]], 4, TOPOLOGY, 2)
+    assert agreed.plan.tokens == ((3, 2), (0, 1))
+    assert not agreed.idle
+    assert not agreed.ends
+
+
+def test_a_cell_without_tokens_is_idle():
+    assert agree([[4, 0, 0, 0, 0]] * 3, 4, TOPOLOGY, 2).idle
+
+
+def test_one_rank_that_wants_to_leave_ends_the_epoch_for_all():
+    assert agree([[4, 0, 3, 0, 0], [4, 0, 0, 0, 0], [4, 1, 0, 0, 0]], 4, TOPOLOGY, 1).ends
+
+
+def test_a_header_of_another_epoch_is_fenced_off_and_names_the_rank():
+    with pytest.raises(EpochAbortedError, match="rank E0 sent a step header of epoch 3 into epoch 4"):
+        agree([[4, 0, 1, 0, 0], [4, 0, 0, 0, 0], [3, 0, 0, 0, 0]], 4, TOPOLOGY, 1)
