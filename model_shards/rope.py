@@ -58,9 +58,10 @@ def _inverse_frequencies(rope: RopeConfig, dim: int) -> torch.Tensor:
     if rope.yarn is None:
         return 1.0 / wavelengths
     low, high = _correction_range(rope.yarn, rope.theta, dim)
-    # 0 where the dimension turns often within the original context (kept), 1 where it hardly turns (stretched).
-    stretched = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    return (1.0 / (rope.yarn.factor * wavelengths)) * stretched + (1.0 / wavelengths) * (1 - stretched)
+    # 1 where a pair turns often within the original context (kept), 0 where it hardly turns (stretched). The
+    # roundings below are the published code's: at position 160,000 one unit in the last place is 5e-4 radians.
+    kept = 1 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return (1.0 / (rope.yarn.factor * wavelengths)) * (1 - kept) + (1.0 / wavelengths) * kept
 
 
 def _correction_range(yarn: YarnConfig, theta: float, dim: int) -> tuple[float, float]:

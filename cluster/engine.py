@@ -1,0 +1,201 @@
+"""The engine of an attention replica: schedule -> run -> commit (or abandon), one step at a time, in one thread.
+
+A step is idempotent until it is committed: `schedule` advances nothing, blocks stay with their sequences, so a step
+that is scheduled again writes the same tokens to the same slots, and sampling draws from (seed, position).
+"""
+
+from collections.abc import Generator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from cluster.batch_builder import build_batch
+from cluster.limits import EngineLimits, check_request
+from cluster.request import FinishReason, GenerationRequest, ReplicaLoad, StepOutput, TokenLogprob
+from cluster.scheduler import ScheduledChunk, Scheduler, split_micro_batches
+from cluster.sequence import Sequence
+from model_shards.batch import AttentionBatch
+from model_shards.config import ModelConfig
+from model_shards.errors import ConfigError, InvalidRequestError
+from model_shards.kv_cache import LatentKVCache
+from model_shards.pipeline import run_micro_batches
+from model_shards.routed import RoutedExperts
+from model_shards.sampler import SampledToken, SamplingRow, TokenStatistics, has_penalty, sample
+
+
+class StepModel(Protocol):
+    """The part of `model_shards.model.AttentionModel` that the engine calls."""
+
+    def forward_steps(
+        self, batch: AttentionBatch, kv_cache: LatentKVCache, routed: RoutedExperts
+    ) -> Generator[None, None, torch.Tensor]:
+        """One micro-batch; yields once per MoE layer, returns logits [R, V] float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class ScheduledStep:
+    """One step, not yet committed."""
+
+    chunks: tuple[ScheduledChunk, ...]  # at most one per sequence
+    micro_batches: tuple[AttentionBatch, ...]  # exactly num_micro_batches, some possibly empty
+    sampled: tuple[Sequence, ...]  # whose next token each row of logits gives, micro-batch by micro-batch
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all micro-batches."""
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+@dataclass(frozen=True)
+class SampledStep:
+    """What a step's rows of logits gave, in the order of `ScheduledStep.sampled`."""
+
+    tokens: tuple[SampledToken, ...]
+
+
+class Engine:
+    """Continuous batching over one model and one cache. Not thread-safe: one thread owns it."""
+
+    def __init__(self, config: ModelConfig, model: StepModel, kv_cache: LatentKVCache, limits: EngineLimits) -> None:
+        if (kv_cache.num_blocks, kv_cache.block_size) != (limits.num_blocks, limits.block_size):
+            raise ConfigError(
+                f"the limits say {limits.num_blocks} blocks of {limits.block_size} tokens, "
+                f"the cache has {kv_cache.num_blocks} of {kv_cache.block_size}"
+            )
+        self._vocab_size = config.vocab_size
+        self._model = model
+        self._kv_cache = kv_cache
+        self._device = kv_cache.data.device
+        self._limits = limits
+        self._scheduler = Scheduler(limits)
+        self._sequences: dict[str, Sequence] = {}
+        self._statistics: dict[Sequence, TokenStatistics] = {}
+        self._in_flight: ScheduledStep | None = None
+        self._cancelled: list[Sequence] = []  # cancelled while their step was under way
+        self._num_steps = 0
+
+    def add(self, request: GenerationRequest) -> None:
+        """Queues a request. Raises InvalidRequestError, with the numbers, when it can never be generated here."""
+        check_request(request, self._limits, self._vocab_size)
+        if request.request_id in self._sequences:
+            raise InvalidRequestError(f"request id {request.request_id} is already running")
+        sequence = Sequence(request)
+        self._sequences[request.request_id] = sequence
+        if has_penalty(request.sampling):
+            self._statistics[sequence] = TokenStatistics(
+                self._vocab_size, request.prompt_token_ids, request.output_token_ids, self._device
+            )
+        self._scheduler.add(sequence)
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request without output; an unknown id is no error.
+
+        Its blocks are free at once, or at the end of the step that is under way if that step writes to them.
+        """
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is None:
+            return
+        if self._in_flight is not None and any(chunk.sequence is sequence for chunk in self._in_flight.chunks):
+            self._cancelled.append(sequence)
+        else:
+            self._end(sequence)
+
+    def has_work(self) -> bool:
+        """Whether a request waits or runs."""
+        return bool(self._sequences)
+
+    def schedule(self) -> ScheduledStep:
+        """The next step; with no work it has 0 tokens and still takes part in every exchange when run.
+
+        The step must be committed or abandoned before the next one is scheduled.
+        """
+        assert self._in_flight is None, "the last step was neither committed nor abandoned"
+        chunks = self._scheduler.schedule()
+        micro_batches = split_micro_batches(chunks, self._limits.num_micro_batches)
+        step = ScheduledStep(
+            chunks=chunks,
+            micro_batches=tuple(build_batch(part, self._limits.block_size, self._device) for part in micro_batches),
+            sampled=tuple(chunk.sequence for part in micro_batches for chunk in part if chunk.wants_logits),
+        )
+        self._in_flight = step
+        return step
+
+    def run(self, step: ScheduledStep, routed: SequenceOf[RoutedExperts]) -> SampledStep:
+        """Computes the step, `routed[i]` standing for the experts of micro-batch i; changes nothing but the cache.
+
+        Raises EpochAbortedError when an exchange failed; the step may then be abandoned and scheduled again.
+        """
+        with torch.inference_mode():
+            steps = [
+                self._model.forward_steps(batch, self._kv_cache, experts)
+                for batch, experts in zip(step.micro_batches, routed, strict=True)
+            ]
+            logits = torch.cat(run_micro_batches(steps))  # [R, V]
+            return SampledStep(sample(logits, [self._row(sequence) for sequence in step.sampled]))
+
+    def commit(self, step: ScheduledStep, sampled: SampledStep) -> list[StepOutput]:
+        """Makes the step's result final: one output per sequence that got a token and was not cancelled meanwhile."""
+        assert self._in_flight is step, "only the step that was scheduled last can be committed"
+        self._in_flight = None
+        self._num_steps += 1
+        for chunk in step.chunks:
+            chunk.sequence.num_computed_tokens = chunk.stop
+        outputs = [
+            self._commit_token(sequence, token)
+            for sequence, token in zip(step.sampled, sampled.tokens, strict=True)
+            if sequence not in self._cancelled
+        ]
+        self._end_cancelled()
+        return outputs
+
+    def abandon(self, step: ScheduledStep) -> None:
+        """Forgets a step that will not be committed; the next `schedule` builds it again. Twice is no error."""
+        if self._in_flight is step:
+            self._in_flight = None
+            self._end_cancelled()
+
+    def load(self) -> ReplicaLoad:
+        """Queues, blocks and counters as they stand now."""
+        return ReplicaLoad(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_blocks=self._limits.num_blocks,
+            num_free_blocks=self._scheduler.num_free_blocks,
+            num_preemptions=self._scheduler.num_preemptions,
+            num_steps=self._num_steps,
+        )
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when the engine's parts contradict each other."""
+        self._scheduler.check_integrity()
+        known = {*self._sequences.values(), *self._cancelled}
+        assert len(known) == self._scheduler.num_waiting + self._scheduler.num_running, "a sequence is lost"
+        assert self._statistics.keys() <= known, "statistics of a sequence that ended"
+        assert self._in_flight is not None or not self._cancelled, "a cancelled sequence outlived its step"
+
+    def _row(self, sequence: Sequence) -> SamplingRow:
+        return SamplingRow(
+            sequence.request.sampling, sequence.seed, sequence.num_tokens, self._statistics.get(sequence)
+        )
+
+    def _commit_token(self, sequence: Sequence, token: SampledToken) -> StepOutput:
+        finish_reason: FinishReason | None = sequence.append(token.token_id)
+        if finish_reason is not None:
+            del self._sequences[sequence.request.request_id]
+            self._end(sequence)
+        elif sequence in self._statistics:
+            self._statistics[sequence].record(token.token_id)
+        logprobs = () if token.logprob is None else (TokenLogprob(token.logprob, token.top),)
+        return StepOutput(sequence.request.request_id, (token.token_id,), finish_reason, logprobs)
+
+    def _end(self, sequence: Sequence) -> None:
+        self._statistics.pop(sequence, None)
+        self._scheduler.remove(sequence)
+
+    def _end_cancelled(self) -> None:
+        for sequence in self._cancelled:
+            self._end(sequence)
+        self._cancelled.clear()

@@ -1,0 +1,185 @@
+"""Which tokens the next step computes. Policy: no torch, no clock.
+
+First come, first served. A step holds one token of every decoding sequence, then chunks of prefills up to the token
+budget, oldest first, then newly admitted prefills. When blocks run out the newest running sequence gives its blocks
+back and waits at the head of the queue; its prompt and output are computed again later.
+
+Why nothing starves: `running` is in the order of arrival and its members are all older than those that wait. The
+oldest sequence is therefore the last to be preempted, fits into the cache alone (checked at the door), and finds at
+least one token of budget, since decodes number at most max_num_seqs <= max_num_batched_tokens, itself included.
+"""
+
+from collections import deque
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
+
+from cluster.block_manager import BlockManager
+from cluster.limits import EngineLimits
+from cluster.sequence import Sequence, SequenceStatus
+
+
+@dataclass(frozen=True)
+class ScheduledChunk:
+    """Tokens [start, stop) of one sequence."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+    is_decode: bool
+    wants_logits: bool  # the chunk ends at the sequence's last token: the next one is sampled from it
+
+    @property
+    def num_tokens(self) -> int:
+        """At least 1."""
+        return self.stop - self.start
+
+
+class Scheduler:
+    """Owns the queues and, through the block manager, the blocks."""
+
+    def __init__(self, limits: EngineLimits) -> None:
+        self._limits = limits
+        self._blocks = BlockManager(limits)
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._num_preemptions = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences without blocks."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences with blocks."""
+        return len(self._running)
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that no sequence holds."""
+        return self._blocks.num_free_blocks
+
+    @property
+    def num_preemptions(self) -> int:
+        """Preemptions since the start."""
+        return self._num_preemptions
+
+    def add(self, sequence: Sequence) -> None:
+        """Puts a new sequence at the end of the queue; the caller has checked that it fits."""
+        self._waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Ends a sequence and frees its blocks; must not be called while a step that reads them is under way."""
+        if sequence.status is SequenceStatus.RUNNING:
+            self._running.remove(sequence)
+        elif sequence.status is SequenceStatus.WAITING:
+            self._waiting.remove(sequence)
+        self._blocks.free(sequence)
+        sequence.status = SequenceStatus.ENDED
+
+    def schedule(self) -> tuple[ScheduledChunk, ...]:
+        """The next step's chunks, decodes first. Computes nothing: calling it again gives the same tokens and slots.
+
+        Allocates blocks and may preempt; neither is undone when the step is abandoned.
+        """
+        preempted = self._make_room()
+        chunks = [_chunk(sequence, 1) for sequence in self._running if sequence.is_decoding]
+        budget = self._limits.max_num_batched_tokens - len(chunks)
+        for sequence in self._running:
+            if budget > 0 and not sequence.is_decoding:
+                chunks.append(_chunk(sequence, budget))
+                budget -= chunks[-1].num_tokens
+        # What was just preempted must not come back in the same step: it would take the blocks it gave.
+        while budget > 0 and not preempted and self._admit():
+            chunks.append(_chunk(self._running[-1], budget))
+            budget -= chunks[-1].num_tokens
+        return tuple(chunks)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when queues, blocks and sequences contradict each other."""
+        for sequence in self._waiting:
+            assert sequence.status is SequenceStatus.WAITING
+            assert not sequence.block_table
+            assert sequence.num_computed_tokens == 0
+        for sequence in self._running:
+            assert sequence.status is SequenceStatus.RUNNING
+            assert 0 <= sequence.num_computed_tokens < sequence.num_tokens
+            assert self._limits.blocks_for(sequence.num_computed_tokens) <= len(sequence.block_table)
+        assert len(self._running) <= self._limits.max_num_seqs
+        self._blocks.check_integrity([*self._waiting, *self._running])
+
+    def _make_room(self) -> bool:
+        """Gives every running sequence, oldest first, the blocks of all its tokens; whether one was preempted."""
+        before = self._num_preemptions
+        index = 0
+        while index < len(self._running):
+            sequence = self._running[index]
+            if self._blocks.can_append(sequence):
+                self._blocks.append(sequence)
+                index += 1
+            else:
+                self._preempt_newest()
+        return self._num_preemptions > before
+
+    def _preempt_newest(self) -> None:
+        sequence = self._running.pop()
+        self._blocks.free(sequence)
+        sequence.num_computed_tokens = 0
+        sequence.status = SequenceStatus.WAITING
+        self._waiting.appendleft(sequence)
+        self._num_preemptions += 1
+
+    def _admit(self) -> bool:
+        """Lets the first waiting sequence run if all its tokens find blocks: a prefill then never preempts."""
+        if not self._waiting or len(self._running) >= self._limits.max_num_seqs:
+            return False
+        sequence = self._waiting[0]
+        if not self._blocks.can_append(sequence):
+            return False
+        self._blocks.append(sequence)
+        sequence.status = SequenceStatus.RUNNING
+        self._running.append(self._waiting.popleft())
+        return True
+
+
+def split_micro_batches(chunks: SequenceOf[ScheduledChunk], count: int) -> tuple[tuple[ScheduledChunk, ...], ...]:
+    """Cuts a step into exactly `count` micro-batches, decodes first in each, whose token counts differ by at most 1.
+
+    Prefill chunks are cut where a micro-batch is full. That is sound because in every layer micro-batch i writes its
+    latents before i + 1 reads them (`model_shards.pipeline`), and only the last piece asks for logits:
+
+        decodes a b c, prefill p of 6 tokens, 2 micro-batches   [ a b p0 p1 p2 ] [ c p3 p4 p5 ]
+    """
+    decodes = [chunk for chunk in chunks if chunk.is_decode]
+    prefills = deque(chunk for chunk in chunks if not chunk.is_decode)
+    # Even shares, the larger ones first for both, so a micro-batch's decodes never exceed its tokens.
+    decode_shares = _even_shares(len(decodes), count)
+    token_shares = _even_shares(sum(chunk.num_tokens for chunk in chunks), count)
+    micro_batches: list[tuple[ScheduledChunk, ...]] = []
+    first_decode = 0
+    for num_decodes, num_tokens in zip(decode_shares, token_shares, strict=True):
+        micro_batch = decodes[first_decode : first_decode + num_decodes]
+        first_decode += num_decodes
+        room = num_tokens - num_decodes
+        while room > 0:
+            chunk = prefills.popleft()
+            if chunk.num_tokens > room:
+                middle = chunk.start + room
+                prefills.appendleft(replace(chunk, start=middle))
+                chunk = replace(chunk, stop=middle, wants_logits=False)
+            micro_batch.append(chunk)
+            room -= chunk.num_tokens
+        micro_batches.append(tuple(micro_batch))
+    return tuple(micro_batches)
+
+
+def _chunk(sequence: Sequence, budget: int) -> ScheduledChunk:
+    """The next tokens of the sequence, at most `budget`."""
+    start = sequence.num_computed_tokens
+    stop = min(sequence.num_tokens, start + budget)
+    return ScheduledChunk(sequence, start, stop, sequence.is_decoding, wants_logits=stop == sequence.num_tokens)
+
+
+def _even_shares(total: int, count: int) -> list[int]:
+    base, extra = divmod(total, count)
+    return [base + (1 if index < extra else 0) for index in range(count)]

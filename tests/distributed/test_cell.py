@@ -1,0 +1,137 @@
+"""Whole cells of plain processes: greedy tokens equal transformers', whatever the topology and the scheduling."""
+
+import dataclasses
+import random
+
+import pytest
+
+from cluster.cell import Cell
+from cluster.limits import EngineLimits
+from cluster.request import FinishReason, GenerationRequest
+from cluster.spec import CellSpec
+from cluster.topology import Topology
+from model_shards.errors import UnavailableError
+from model_shards.sampling import SamplingParams
+from tests.reference import hf_greedy, make_hf_config, random_hf_model, save_checkpoint
+
+NUM_PROMPTS = 16
+NUM_TOKENS = 64
+LIMITS = EngineLimits(
+    max_model_len=256,
+    max_num_seqs=32,
+    max_num_batched_tokens=128,
+    block_size=16,
+    num_blocks=256,
+    num_micro_batches=1,
+)
+GREEDY = SamplingParams(temperature=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    directory: str
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """A checkpoint with every branch of the big model, 16 prompts, and what transformers says to them."""
+    directory = tmp_path_factory.mktemp("checkpoint")
+    model = random_hf_model(make_hf_config(), seed=7)
+    save_checkpoint(model, directory)
+    draw = random.Random(7)
+    vocab = model.config.vocab_size
+    prompts = [[draw.randrange(vocab) for _ in range(draw.randint(1, 60))] for _ in range(NUM_PROMPTS)]
+    tokens = [hf_greedy(model, prompt, NUM_TOKENS) for prompt in prompts]
+    return Expected(str(directory), prompts, tokens)
+
+
+def spec_of(expected, num_attention, num_expert, **limits):
+    return CellSpec(
+        model_directory=expected.directory,
+        topology=Topology(num_attention, num_expert),
+        device="cpu",
+        dtype="float32",
+        limits=dataclasses.replace(LIMITS, **limits),
+        exchange_timeout_s=30.0,
+        log_level="WARNING",
+    )
+
+
+def requests_of(expected):
+    return [
+        GenerationRequest(f"r{index}", tuple(prompt), NUM_TOKENS, GREEDY, ignore_eos=True)
+        for index, prompt in enumerate(expected.prompts)
+    ]
+
+
+def assert_equal_to_transformers(expected, tokens):
+    for index, wanted in enumerate(expected.tokens):
+        assert list(tokens[f"r{index}"]) == wanted, f"prompt {index}"
+
+
+@pytest.mark.parametrize(
+    ("num_attention", "num_expert", "limits"),
+    [
+        pytest.param(1, 1, {}, id="1-1"),
+        pytest.param(1, 3, {"num_micro_batches": 2}, id="1-3-two-micro-batches"),
+        pytest.param(2, 4, {"num_micro_batches": 3, "max_num_batched_tokens": 17}, id="2-4-three-small-chunks"),
+        pytest.param(3, 2, {"num_blocks": 20}, id="3-2-preempting"),
+        pytest.param(
+            1, 2, {"num_blocks": 16, "max_num_batched_tokens": 19, "num_micro_batches": 2}, id="1-2-all-at-once"
+        ),
+    ],
+)
+def test_greedy_tokens_of_16_concurrent_prompts_equal_transformers(expected, num_attention, num_expert, limits):
+    with Cell(spec_of(expected, num_attention, num_expert, **limits)) as cell:
+        assert_equal_to_transformers(expected, cell.generate(requests_of(expected), timeout_s=60.0))
+
+
+def test_an_epoch_change_under_way_neither_loses_nor_doubles_nor_changes_a_token(expected):
+    with Cell(spec_of(expected, 2, 2)) as cell:
+        tokens = {request.request_id: () for request in requests_of(expected)}
+        for index, request in enumerate(requests_of(expected)):
+            cell.submit(index % 2, request)
+        running = set(tokens)
+        outputs = cell.outputs(60.0)
+        steps = 0
+        while running:
+            output = next(outputs)
+            tokens[output.request_id] += output.token_ids
+            if output.finish_reason is not None:
+                assert output.finish_reason is FinishReason.LENGTH
+                running.discard(output.request_id)
+            steps += 1
+            if steps in (40, 200, 500):
+                cell.next_epoch()
+        assert_equal_to_transformers(expected, tokens)
+
+
+def test_an_idle_cell_wakes_for_a_request_and_sleeps_again(expected):
+    with Cell(spec_of(expected, 2, 2)) as cell:
+        for index, request in enumerate(requests_of(expected)[:4]):
+            tokens = cell.generate([request], timeout_s=30.0)
+            assert list(tokens[request.request_id]) == expected.tokens[index]
+
+
+def test_a_killed_expert_is_noticed_and_named_and_the_other_processes_end(expected):
+    with Cell(spec_of(expected, 1, 2)) as cell:
+        for index, request in enumerate(requests_of(expected)):
+            cell.submit(0, dataclasses.replace(request, request_id=f"k{index}"))
+        outputs = cell.outputs(30.0)
+        next(outputs)
+        processes = cell.processes
+        processes[2].kill()
+        with pytest.raises(UnavailableError, match="rank E1 died"):
+            for _ in outputs:
+                continue
+    assert not any(process.is_alive() for process in processes)
+
+
+def test_a_request_that_can_never_fit_is_refused_with_the_numbers_and_the_next_one_is_served(expected):
+    with Cell(spec_of(expected, 1, 1)) as cell:
+        with pytest.raises(UnavailableError, match="256"):
+            cell.generate([GenerationRequest("big", tuple([1] * 250), 64, GREEDY)], timeout_s=30.0)
+        request = requests_of(expected)[0]
+        assert list(cell.generate([request], timeout_s=30.0)["r0"]) == expected.tokens[0]
