@@ -13,7 +13,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -99,7 +101,7 @@ def _expert_main(connection: "Connection[_Answer, _Command]", spec: CellSpec, gl
         match command:
             case Join(membership, rank):
                 future = shard.join(membership, rank)
-                future.add_done_callback(lambda f, e=membership.epoch: _report_join(f.exception(), answers, e))
+                future.add_done_callback(partial(_report_join, answers, membership.epoch))
             case Leave():
                 shard.leave()
             case _:
@@ -107,7 +109,12 @@ def _expert_main(connection: "Connection[_Answer, _Command]", spec: CellSpec, gl
     shard.close()
 
 
-def _report_join(error: BaseException | None, answers: _Answers, epoch: int) -> None:
+def _forget(streams: "dict[str, asyncio.Task[None]]", request_id: str, _: "asyncio.Task[None]") -> None:
+    streams.pop(request_id, None)
+
+
+def _report_join(answers: _Answers, epoch: int, joined: "Future[None]") -> None:
+    error = joined.exception()
     answers.send(Joined(epoch) if error is None else Failed(f"epoch {epoch}: {error}"))
 
 
@@ -142,7 +149,7 @@ async def _attention(connection: "Connection[_Answer, _Command]", spec: CellSpec
                 answers.send(replica.open_rendezvous(epoch))
             case Join(membership, rank):
                 future = replica.join(membership, rank)
-                future.add_done_callback(lambda f, e=membership.epoch: _report_join(f.exception(), answers, e))
+                future.add_done_callback(partial(_report_join, answers, membership.epoch))
             case Leave():
                 replica.leave()
             case Cancel(request_id):
@@ -151,7 +158,7 @@ async def _attention(connection: "Connection[_Answer, _Command]", spec: CellSpec
             case GenerationRequest():
                 task = loop.create_task(_stream(replica, command, answers))
                 streams[command.request_id] = task
-                task.add_done_callback(lambda _, name=command.request_id: streams.pop(name, None))
+                task.add_done_callback(partial(_forget, streams, command.request_id))
     for task in list(streams.values()):
         task.cancel()
     await asyncio.to_thread(replica.close)

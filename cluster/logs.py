@@ -5,7 +5,7 @@
 
 import logging
 import sys
-import time
+from datetime import UTC, datetime
 from typing import TextIO
 
 LogValue = str | int | float | bool | None
@@ -14,14 +14,13 @@ LogValue = str | int | float | bool | None
 class _LineFormatter(logging.Formatter):
     """Formats a record as one line; an exception's text is folded into it."""
 
-    converter = time.gmtime
-
     def __init__(self, role: str, rank: str) -> None:
-        super().__init__(datefmt="%Y-%m-%dT%H:%M:%S")
+        super().__init__()
         self._origin = f"role={role} rank={rank}"
 
     def format(self, record: logging.LogRecord) -> str:
-        head = f"{self.formatTime(record, self.datefmt)}.{int(record.msecs):03d}Z {record.levelname} {self._origin}"
+        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        head = f"{moment.replace('+00:00', 'Z')} {record.levelname} {self._origin}"
         fields: dict[str, LogValue] = getattr(record, "fields", {})
         parts = [head, f"event={quote(record.getMessage())}"]
         parts += [f"{key}={quote(value)}" for key, value in fields.items()]

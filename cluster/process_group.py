@@ -27,6 +27,8 @@ from cluster.membership import Membership
 from cluster.rendezvous import first_line, local_address_towards
 from model_shards.errors import ConfigError, EpochAbortedError
 
+_HANG_UP_TAG = 0x5EED  # of messages that are never sent; collectives count their tags elsewhere
+
 
 class EpochGroups:
     """The groups of one epoch on one rank; a context manager. Build it with `open_epoch`."""
@@ -37,13 +39,15 @@ class EpochGroups:
         self._closed = False
 
     def close(self) -> None:
-        """Aborts both groups: drops their connections, so that neither this rank nor a peer waits on. Idempotent."""
+        """Drops the connections of both groups, so that neither this rank nor a peer waits on. Idempotent.
+
+        Waits for no peer: exchanges under way fail at once, here and there.
+        """
         if self._closed:
             return
         self._closed = True
-        # Abort, not shutdown: shutdown waits for exchanges under way, and a dead peer never ends them.
-        self.data.abort()
-        self.control.abort()
+        _hang_up(self.data)
+        _hang_up(self.control)
 
     def __enter__(self) -> "EpochGroups":
         return self
@@ -74,7 +78,7 @@ def open_epoch(membership: Membership, global_rank: int, device: torch.device, s
             joining.meet("built")
     except BaseException:
         for group in reversed(built):
-            group.abort()
+            _hang_up(group)
         raise
     return EpochGroups(control, data)
 
@@ -138,6 +142,18 @@ class _Joining:
             if missing:
                 return missing
         return ()
+
+
+def _hang_up(group: dist.ProcessGroup) -> None:
+    group.abort()
+    if group.name() != "gloo":
+        return
+    # gloo's abort does nothing (torch 2.13), and its destructor waits for exchanges under way until they time out.
+    # But a receive that times out closes every connection of its group: ask for a message that nobody sends.
+    never = torch.empty(1, dtype=torch.uint8)
+    peer = (group.rank() + 1) % group.size()
+    with contextlib.suppress(RuntimeError):  # the time-out asked for, or a connection that is lost already
+        group.recv([never], peer, _HANG_UP_TAG).wait(timedelta(milliseconds=1))
 
 
 def _open_gloo(membership: Membership, global_rank: int, store: Store, timeout_s: float) -> dist.ProcessGroup:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch.distributed import DistStoreError, TCPStore
 
 from model_shards.errors import EpochAbortedError
 
@@ -22,7 +22,7 @@ _SLICE = timedelta(seconds=60)
 class WakeBell:
     """The bell of one epoch, on one rank. `sleep` is for the step thread, `ring` for any thread."""
 
-    def __init__(self, waiting: dist.Store, ringing: dist.Store) -> None:
+    def __init__(self, waiting: TCPStore, ringing: TCPStore) -> None:
         """`waiting` and `ringing` are two connections to one store: a blocked wait holds its connection."""
         self._waiting = waiting
         self._ringing = ringing
@@ -67,6 +67,6 @@ class WakeBell:
             try:
                 self._waiting.wait([key], _SLICE)
                 return
-            except dist.DistStoreError as error:
+            except DistStoreError as error:
                 if "timeout" not in str(error).lower():
                     raise

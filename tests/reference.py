@@ -224,6 +224,7 @@ def reference_gate(config: ModelConfig, hidden: torch.Tensor, weight: torch.Tens
 def reference_expert(weights: Mapping[str, torch.Tensor], layer: int, expert: int, row: torch.Tensor) -> torch.Tensor:
     """One logical expert on one row [H], from published tensor names."""
     prefix = f"model.layers.{layer}.mlp.experts.{expert}"
+    row = row.to(weights[f"{prefix}.gate_proj.weight"].dtype)
     gate = weights[f"{prefix}.gate_proj.weight"] @ row
     up = weights[f"{prefix}.up_proj.weight"] @ row
     return weights[f"{prefix}.down_proj.weight"] @ (F.silu(gate) * up)

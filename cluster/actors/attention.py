@@ -23,7 +23,7 @@ from model_shards.errors import UnavailableError
 class AttentionDeployment:
     """One attention replica. Constructed means in an epoch: Serve routes to it only then."""
 
-    async def __init__(self, spec: CellSpec) -> None:
+    async def __init__(self, spec: CellSpec) -> None:  # type: ignore[misc]  # Serve awaits it
         uid = f"attention-{uuid.uuid4().hex}"
         configure_logging(Role.ATTENTION.value, uid[:16], spec.log_level)
         coordinator = get_or_create_coordinator(spec)

@@ -26,8 +26,7 @@ def expert_actor_name(ep_rank: int) -> str:
     return f"shoal-expert-{ep_rank}"
 
 
-@ray.remote
-class CoordinatorActor:
+class CoordinatorRank:
     """Forwards to Coordinator."""
 
     def __init__(self, spec: CellSpec) -> None:
@@ -107,6 +106,9 @@ class CoordinatorActor:
                 await actor.run.remote()
             except ray.exceptions.RayActorError:
                 await asyncio.sleep(1.0)
+
+
+CoordinatorActor = ray.remote(CoordinatorRank)
 
 
 def get_or_create_coordinator(spec: CellSpec) -> ray.actor.ActorHandle:

@@ -16,8 +16,7 @@ from cluster.spec import CellSpec
 from cluster.topology import Role
 
 
-@ray.remote
-class ExpertActor:
+class ExpertRank:
     """One expert shard. Starts loading when made; registers with the coordinator when loaded."""
 
     def __init__(self, spec: CellSpec, ep_rank: int, coordinator: ActorHandle) -> None:
@@ -47,3 +46,6 @@ class ExpertActor:
     async def rows_received(self) -> int:
         """Rows this shard has computed; the readiness check waits for the first."""
         return 0 if self._shard is None else self._shard.rows_received
+
+
+ExpertActor = ray.remote(ExpertRank)

@@ -76,10 +76,18 @@ def assert_equal_to_transformers(expected, tokens):
     [
         pytest.param(1, 1, {}, id="1-1"),
         pytest.param(1, 3, {"num_micro_batches": 2}, id="1-3-two-micro-batches"),
-        pytest.param(2, 4, {"num_micro_batches": 3, "max_num_batched_tokens": 17}, id="2-4-three-small-chunks"),
+        pytest.param(
+            2,
+            4,
+            {"num_micro_batches": 3, "max_num_batched_tokens": 17, "max_num_seqs": 16},
+            id="2-4-three-small-chunks",
+        ),
         pytest.param(3, 2, {"num_blocks": 20}, id="3-2-preempting"),
         pytest.param(
-            1, 2, {"num_blocks": 16, "max_num_batched_tokens": 19, "num_micro_batches": 2}, id="1-2-all-at-once"
+            1,
+            2,
+            {"num_blocks": 16, "max_num_batched_tokens": 19, "max_num_seqs": 16, "num_micro_batches": 2},
+            id="1-2-all-at-once",
         ),
     ],
 )

@@ -93,6 +93,22 @@ def test_closing_twice_is_no_error_and_ends_what_a_peer_waits_for():
     assert time.monotonic() - start < 5
 
 
+def test_closing_ends_the_exchanges_that_this_rank_itself_waits_for():
+    server = serve_rendezvous("127.0.0.1")
+    first, *others = open_all(server.rendezvous, 1)
+    waiting = [first.control.barrier(), first.data.barrier()]
+    start = time.monotonic()
+    first.close()
+    for work in waiting:
+        with pytest.raises(RuntimeError):
+            work.wait()
+    for group in others:
+        with pytest.raises(RuntimeError):
+            group.data.barrier().wait()
+        group.close()
+    assert time.monotonic() - start < 5
+
+
 def test_epochs_open_and_close_over_and_over_with_ranks_as_threads():
     server = serve_rendezvous("127.0.0.1")
     for epoch in range(1, 6):

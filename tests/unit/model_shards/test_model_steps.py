@@ -1,7 +1,7 @@
 """The generator contract of the model, its parameters, and the order in which micro-batches interleave."""
 
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -47,7 +47,6 @@ class _Recorder(RoutedExperts):
     name: int
     log: list[str]
     inner: RoutedExperts
-    layers: list[int] = field(default_factory=list)
 
     def dispatch(
         self, layer: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
@@ -130,8 +129,9 @@ def test_a_failing_micro_batch_closes_the_others_and_passes_its_error_on() -> No
         finally:
             closed.append("endless")
 
+    waiting = endless()  # held here, so that it is not closed by being forgotten
     with pytest.raises(ValueError, match="lost"):
-        run_micro_batches([endless(), failing()])
+        run_micro_batches([waiting, failing()])
     assert closed == ["endless"]
 
 

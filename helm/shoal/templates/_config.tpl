@@ -1,0 +1,45 @@
+{{/* The file that `shoal serve --config` reads: the values' config, plus what the chart knows. */}}
+{{- define "shoal.config" -}}
+{{- $v := .Values -}}
+{{- if and (not (empty $v.model.volume)) (not $v.model.path) -}}
+{{- fail (printf "model.volume is set but model.path is empty: name the checkpoint's directory under model.mountPath %q" $v.model.mountPath) -}}
+{{- end -}}
+{{- $cell := merge (dict
+      "attention_replicas" (mul $v.attention.replicas $v.attention.ranksPerPod)
+      "expert_shards" (mul $v.expert.replicas $v.expert.ranksPerPod)) $v.config.cell -}}
+{{- $config := dict "cell" $cell -}}
+{{- $model := dict -}}
+{{- with $v.model.path }}{{- $_ := set $model "path" . }}{{- end -}}
+{{- with $v.model.name }}{{- $_ := set $model "name" . }}{{- end -}}
+{{- with $model }}{{- $_ := set $config "model" . }}{{- end -}}
+{{- with $v.config.engine }}{{- $_ := set $config "engine" . }}{{- end -}}
+{{- with $v.config.server }}{{- $_ := set $config "server" . }}{{- end -}}
+{{- with $v.config.log }}{{- $_ := set $config "log" . }}{{- end -}}
+{{- toYaml $config -}}
+{{- end -}}
+
+{{/* What KubeRay hands to Ray Serve. The attention replicas ask for their group's own resource, so that they land there. */}}
+{{- define "shoal.serveConfig" -}}
+proxy_location: EveryNode
+http_options:
+  host: 0.0.0.0
+  port: 8000
+grpc_options:
+  port: 9000
+  grpc_servicer_functions:
+    - deploy.gateway.inference_pb2_grpc.add_InferenceServicer_to_server
+    - grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server
+applications:
+  - name: shoal
+    route_prefix: /
+    import_path: deploy.app:build
+    args:
+      config: /etc/shoal/shoal.yaml
+    deployments:
+      - name: AttentionDeployment
+        ray_actor_options:
+          num_cpus: 1
+          num_gpus: {{ ternary 1 0 (eq .Values.config.cell.device "cuda") }}
+          resources:
+            shoal_attention: 1
+{{- end -}}
