@@ -40,7 +40,7 @@ def build_batch(chunks: SequenceOf[ScheduledChunk], block_size: int, device: tor
     sizes = [num_tokens, num_tokens, num_tokens, len(logits_indices), len(chunks) * width]
     # The tensor keeps the buffer alive; an empty buffer cannot be shared.
     flat = torch.frombuffer(buffer, dtype=torch.int64) if buffer else torch.empty(0, dtype=torch.int64)
-    token_ids, positions, slot_mapping, logits, block_tables = flat.to(device).split(sizes)
+    token_ids, positions, slot_mapping, logits, block_tables = torch.split(flat.to(device), sizes)
     return AttentionBatch(
         token_ids=token_ids,
         positions=positions,

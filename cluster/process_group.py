@@ -33,9 +33,10 @@ _HANG_UP_TAG = 0x5EED  # of messages that are never sent; collectives count thei
 class EpochGroups:
     """The groups of one epoch on one rank; a context manager. Build it with `open_epoch`."""
 
-    def __init__(self, control: dist.ProcessGroup, data: dist.ProcessGroup) -> None:
+    def __init__(self, control: dist.ProcessGroup, data: dist.ProcessGroup, data_backend: str) -> None:
         self.control = control
         self.data = data
+        self._data_backend = data_backend
         self._closed = False
 
     def close(self) -> None:
@@ -46,8 +47,8 @@ class EpochGroups:
         if self._closed:
             return
         self._closed = True
-        _hang_up(self.data)
-        _hang_up(self.control)
+        _hang_up(self.data, self._data_backend)
+        _hang_up(self.control, "gloo")
 
     def __enter__(self) -> "EpochGroups":
         return self
@@ -66,21 +67,21 @@ def open_epoch(membership: Membership, global_rank: int, device: torch.device, s
     """
     check_backend(membership.backend, device)
     joining = _Joining(membership, global_rank, store)
-    built: list[dist.ProcessGroup] = []
+    built: list[tuple[dist.ProcessGroup, str]] = []
     try:
         with joining.guarded("join"):
             joining.meet("joined")
         with joining.guarded("build the process groups of"):
             control = _open_gloo(membership, global_rank, joining.substore("control"), joining.left_s())
-            built.append(control)
+            built.append((control, "gloo"))
             data = _open_data(membership, global_rank, device, joining.substore("data"), joining.left_s())
-            built.append(data)
+            built.append((data, membership.backend))
             joining.meet("built")
     except BaseException:
-        for group in reversed(built):
-            _hang_up(group)
+        for group, backend in reversed(built):
+            _hang_up(group, backend)
         raise
-    return EpochGroups(control, data)
+    return EpochGroups(control, data, membership.backend)
 
 
 def check_backend(backend: str, device: torch.device) -> None:
@@ -144,9 +145,9 @@ class _Joining:
         return ()
 
 
-def _hang_up(group: dist.ProcessGroup) -> None:
-    group.abort()
-    if group.name() != "gloo":
+def _hang_up(group: dist.ProcessGroup, backend: str) -> None:
+    if backend == "nccl":
+        group.abort()
         return
     # gloo's abort does nothing (torch 2.13), and its destructor waits for exchanges under way until they time out.
     # But a receive that times out closes every connection of its group: ask for a message that nobody sends.

@@ -1,0 +1,56 @@
+# All that is needed to work on Shoal, from Python 3.11 alone. `make demo` and `make test` are the two to know.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+# Stamps: the runtime alone (make demo), and with the test and dev extras.
+RUNTIME := $(VENV)/.runtime
+DEV     := $(VENV)/.dev
+HELM    := .kube-tools/helm
+TESTS   ?=
+
+.PHONY: demo test lint wheel env clean
+.DEFAULT_GOAL := test
+
+demo: $(RUNTIME)
+	$(BIN)/python -m deploy.cli.demo
+
+# TESTS narrows it: make test TESTS=tests/unit
+test: $(DEV) $(HELM)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=25 $(TESTS)
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict
+	$(BIN)/mypy --strict tools/*.py
+	$(BIN)/lint-imports
+	$(BIN)/yamllint --strict -c .yamllint.yaml helm/shoal/Chart.yaml helm/shoal/values.yaml tests/helm .pre-commit-config.yaml
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/generate_protos.sh --check
+
+wheel: $(DEV)
+	rm -rf dist
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist
+	$(BIN)/python tools/check_wheel.py dist/*.whl
+
+env: $(DEV)
+
+clean:
+	rm -rf dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .kube-tools $(VENV)
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "no python3.11 or python3 on the PATH"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"{sys.executable} is Python {sys.version.split()[0]}; 3.11 or later is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --progress-bar off -q -c constraints.txt -e .
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --progress-bar off -q -c constraints.txt -e '.[test,dev]'
+	@touch $(RUNTIME) $@
+
+$(HELM): tools/get_helm.py | $(BIN)/python
+	$(BIN)/python tools/get_helm.py .kube-tools
+	@touch $@
