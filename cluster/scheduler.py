@@ -82,15 +82,14 @@ class Scheduler:
 
         Allocates blocks and may preempt; neither is undone when the step is abandoned.
         """
-        preempted = self._make_room()
+        self._make_room()
         chunks = [_chunk(sequence, 1) for sequence in self._running if sequence.is_decoding]
         budget = self._limits.max_num_batched_tokens - len(chunks)
         for sequence in self._running:
             if budget > 0 and not sequence.is_decoding:
                 chunks.append(_chunk(sequence, budget))
                 budget -= chunks[-1].num_tokens
-        # What was just preempted must not come back in the same step: it would take the blocks it gave.
-        while budget > 0 and not preempted and self._admit():
+        while budget > 0 and self._admit():
             chunks.append(_chunk(self._running[-1], budget))
             budget -= chunks[-1].num_tokens
         return tuple(chunks)
@@ -108,9 +107,12 @@ class Scheduler:
         assert len(self._running) <= self._limits.max_num_seqs
         self._blocks.check_integrity([*self._waiting, *self._running])
 
-    def _make_room(self) -> bool:
-        """Gives every running sequence, oldest first, the blocks of all its tokens; whether one was preempted."""
-        before = self._num_preemptions
+    def _make_room(self) -> None:
+        """Gives every running sequence, oldest first, the blocks of all its tokens; preempts the newest for them.
+
+        What was preempted is not admitted again in the same step, nor anyone behind it: it needs at least the blocks
+        it gave, and some of these went to an older one.
+        """
         index = 0
         while index < len(self._running):
             sequence = self._running[index]
@@ -119,7 +121,6 @@ class Scheduler:
                 index += 1
             else:
                 self._preempt_newest()
-        return self._num_preemptions > before
 
     def _preempt_newest(self) -> None:
         sequence = self._running.pop()

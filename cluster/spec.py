@@ -22,6 +22,7 @@ class CellSpec:
     join_timeout_s: float = 120.0
     exchange_timeout_s: float = 60.0
     log_level: str = "INFO"
+    expert_resource: str | None = None  # a custom Ray resource that expert actors ask 1 of
 
     @property
     def backend(self) -> str:

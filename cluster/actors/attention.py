@@ -1,9 +1,11 @@
 """The Ray Serve shell of an attention rank."""
 
 import asyncio
+import dataclasses
 import uuid
 from collections.abc import AsyncIterator
 
+import ray
 from ray import serve
 
 from cluster.actors.client import RayCoordinatorClient
@@ -38,6 +40,8 @@ class AttentionDeployment:
                 loop.call_soon_threadsafe(agent.epoch_ended, end)
 
         # Under Ray each rank sees its own GPU only, as number 0.
+        # Rank 0 serves the rendezvous where the other nodes reach it; on one machine Ray itself stays on loopback.
+        spec = dataclasses.replace(spec, host=ray.util.get_node_ip_address())
         replica = await asyncio.to_thread(AttentionReplica, spec, 0, loop, epoch_ended, spec.join_timeout_s, progress)
         self._replica = replica
         agent = RankAgent(client, uid, Role.ATTENTION, None, replica, replica)

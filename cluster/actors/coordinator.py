@@ -76,6 +76,8 @@ class CoordinatorRank:
 
     async def _make_experts(self) -> None:
         resources = {"CPU": 1.0} if self._spec.device == "cpu" else {"CPU": 1.0, "GPU": 1.0}
+        if self._spec.expert_resource is not None:
+            resources[self._spec.expert_resource] = 1.0
         count = self._spec.topology.num_expert
         group = placement_group([dict(resources) for _ in range(count)], strategy="PACK", name="shoal-experts")
         try:

@@ -21,11 +21,13 @@ _UNBOUNDED_REQUESTS = 100_000
 def build_application(settings: ShoalSettings) -> Application:
     """The application for `serve.run`. Raises CheckpointError or ConfigError before anything starts."""
     spec = build_cell_spec(settings)
+    named = settings.ray.attention_resource
+    resources = {} if named is None else {named: 1}
     gpus = 1 if spec.device == "cuda" else 0
     attention = AttentionDeployment.options(
         num_replicas=spec.topology.num_attention,
         max_ongoing_requests=_UNBOUNDED_REQUESTS,
-        ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
+        ray_actor_options={"num_cpus": 1, "num_gpus": gpus, "resources": resources},
         graceful_shutdown_timeout_s=settings.server.drain_timeout_s,
         graceful_shutdown_wait_loop_s=0.1,
     ).bind(spec)

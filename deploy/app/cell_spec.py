@@ -43,6 +43,7 @@ def build_cell_spec(settings: ShoalSettings) -> CellSpec:
         join_timeout_s=cell.join_timeout_s,
         exchange_timeout_s=cell.exchange_timeout_s,
         log_level=settings.log.level,
+        expert_resource=settings.ray.expert_resource,
     )
 
 
@@ -56,6 +57,7 @@ def _num_blocks(settings: ShoalSettings, config: ModelConfig) -> int:
     if engine.kv_cache_tokens is not None:
         tokens = engine.kv_cache_tokens
     else:
+        assert engine.kv_cache_memory_gb is not None, "ShoalConfig.load fills one of the two"
         budget = int(engine.kv_cache_memory_gb * 2**30)
         tokens = budget // kv_bytes_per_token(config, settings.cell.dtype)
     blocks = tokens // engine.block_size

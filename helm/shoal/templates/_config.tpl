@@ -15,10 +15,11 @@
 {{- with $v.config.engine }}{{- $_ := set $config "engine" . }}{{- end -}}
 {{- with $v.config.server }}{{- $_ := set $config "server" . }}{{- end -}}
 {{- with $v.config.log }}{{- $_ := set $config "log" . }}{{- end -}}
+{{- $_ := set $config "ray" (dict "attention_resource" "shoal_attention" "expert_resource" "shoal_expert") -}}
 {{- toYaml $config -}}
 {{- end -}}
 
-{{/* What KubeRay hands to Ray Serve. The attention replicas ask for their group's own resource, so that they land there. */}}
+{{/* What KubeRay hands to Ray Serve; how many replicas, and where, is in the application's own config. */}}
 {{- define "shoal.serveConfig" -}}
 proxy_location: EveryNode
 http_options:
@@ -35,11 +36,4 @@ applications:
     import_path: deploy.app:build
     args:
       config: /etc/shoal/shoal.yaml
-    deployments:
-      - name: AttentionDeployment
-        ray_actor_options:
-          num_cpus: 1
-          num_gpus: {{ ternary 1 0 (eq .Values.config.cell.device "cuda") }}
-          resources:
-            shoal_attention: 1
 {{- end -}}

@@ -1,0 +1,217 @@
+"""The five RPCs and the health check: protobuf to the gateway and back."""
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from typing import Protocol, TypeVar
+
+import grpc
+from grpc_health.v1 import health_pb2
+
+from cluster.request import FinishReason, TokenLogprob
+from deploy.gateway import inference_pb2 as pb
+from deploy.gateway.service import Gateway, Generation, GenerationEvent, Usage
+from deploy.gateway.status import status_of
+from deploy.gateway.validation import SamplingFields
+from deploy.text.messages import ChatMessage
+from model_shards.errors import InvalidRequestError
+
+_FINISH_REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
+}
+_TIMEOUT_UNITS_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
+
+
+class GrpcContext(Protocol):
+    """What is used of Serve's RayServegRPCContext."""
+
+    def set_code(self, code: grpc.StatusCode) -> None: ...
+
+    def set_details(self, details: str) -> None: ...
+
+    def set_trailing_metadata(self, trailing_metadata: list[tuple[str, str]]) -> None: ...
+
+    def invocation_metadata(self) -> Sequence[tuple[str, str]]: ...
+
+
+class RpcError(Exception):
+    """Ends an RPC after its status was set on the context; Serve sends that status."""
+
+
+Reply = TypeVar("Reply")
+
+
+class InferenceServicer:
+    """Methods in the order of inference.proto. Every error leaves with the status of `deploy.gateway.status`."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def chat_completion(
+        self, request: pb.ChatCompletionRequest, context: GrpcContext
+    ) -> AsyncIterator[pb.ChatCompletionChunk]:
+        """Streams the answer to a conversation."""
+        messages = [ChatMessage(message.role, message.content) for message in request.messages]
+
+        def accept() -> Generation:
+            return self._gateway.chat(request.model, messages, sampling_fields(request), deadline_of(context))
+
+        def chunk(generation: Generation, event: GenerationEvent) -> pb.ChatCompletionChunk:
+            return pb.ChatCompletionChunk(
+                id=generation.id,
+                content=event.text,
+                token_ids=event.token_ids,
+                finish_reason=_finish_reason(event),
+                usage=_usage(event.usage),
+                model=generation.model,
+                created=generation.created,
+                logprobs=_logprobs(event),
+            )
+
+        async with aclosing(_stream(accept, chunk, context)) as chunks:
+            async for made in chunks:
+                yield made
+
+    async def completion(
+        self, request: pb.CompletionRequest, context: GrpcContext
+    ) -> AsyncIterator[pb.CompletionChunk]:
+        """Streams the continuation of a prompt."""
+
+        def accept() -> Generation:
+            kind = request.WhichOneof("prompt")
+            if kind is None:
+                raise InvalidRequestError("prompt must be text or token_ids, got neither")
+            prompt = request.text if kind == "text" else list(request.token_ids.ids)
+            return self._gateway.complete(request.model, prompt, sampling_fields(request), deadline_of(context))
+
+        def chunk(generation: Generation, event: GenerationEvent) -> pb.CompletionChunk:
+            return pb.CompletionChunk(
+                id=generation.id,
+                text=event.text,
+                token_ids=event.token_ids,
+                finish_reason=_finish_reason(event),
+                usage=_usage(event.usage),
+                model=generation.model,
+                created=generation.created,
+                logprobs=_logprobs(event),
+            )
+
+        async with aclosing(_stream(accept, chunk, context)) as chunks:
+            async for made in chunks:
+                yield made
+
+    async def list_models(self, _: pb.ListModelsRequest, context: GrpcContext) -> pb.ListModelsResponse:
+        """The served model."""
+        model = self._gateway.model
+        entry = pb.Model(id=model.name, max_model_len=model.max_model_len, vocab_size=model.vocab_size)
+        return pb.ListModelsResponse(models=[entry])
+
+    async def tokenize(self, request: pb.TokenizeRequest, context: GrpcContext) -> pb.TokenizeResponse:
+        """Text to token ids."""
+        ids = _answer(lambda: self._gateway.tokenize(request.model, request.text), context)
+        return pb.TokenizeResponse(token_ids=pb.TokenIds(ids=ids))
+
+    async def detokenize(self, request: pb.DetokenizeRequest, context: GrpcContext) -> pb.DetokenizeResponse:
+        """Token ids to text."""
+        text = _answer(lambda: self._gateway.detokenize(request.model, request.token_ids.ids), context)
+        return pb.DetokenizeResponse(text=text)
+
+    async def check(self, _: health_pb2.HealthCheckRequest, context: GrpcContext) -> health_pb2.HealthCheckResponse:
+        """SERVING unless draining; a gateway that cannot be reached answers nothing at all."""
+        response = health_pb2.HealthCheckResponse
+        return response(status=response.SERVING if self._gateway.serving else response.NOT_SERVING)
+
+
+Chunk = TypeVar("Chunk")
+
+
+async def _stream(
+    accept: Callable[[], Generation], chunk: Callable[[Generation, GenerationEvent], Chunk], context: GrpcContext
+) -> AsyncGenerator[Chunk, None]:
+    request_id = "-"
+    try:
+        generation = accept()
+        request_id = generation.id
+        async with aclosing(generation.events) as events:
+            async for event in events:
+                yield chunk(generation, event)
+    except (GeneratorExit, asyncio.CancelledError):
+        raise
+    except Exception as error:
+        raise _set_status(context, error, request_id) from None
+
+
+def _answer(call: Callable[[], Reply], context: GrpcContext) -> Reply:
+    try:
+        return call()
+    except Exception as error:
+        raise _set_status(context, error, "-") from None
+
+
+def _set_status(context: GrpcContext, error: Exception, request_id: str) -> RpcError:
+    status = status_of(error, request_id)
+    context.set_code(status.code)
+    context.set_details(status.message)
+    if status.retry_after_s is not None:
+        context.set_trailing_metadata([("retry-after-ms", str(int(status.retry_after_s * 1000)))])
+    return RpcError(status.message)
+
+
+def deadline_of(context: GrpcContext) -> float | None:
+    """Seconds the client gave this call, from its `grpc-timeout` header where the proxy passes it on."""
+    for key, value in context.invocation_metadata():
+        match = re.fullmatch(r"(\d{1,8})([HMSmun])", value) if key == "grpc-timeout" else None
+        if match:
+            return int(match[1]) * _TIMEOUT_UNITS_S[match[2]]
+    return None
+
+
+def sampling_fields(request: pb.CompletionRequest | pb.ChatCompletionRequest) -> SamplingFields:
+    """The sampling part; fields that are absent stay None."""
+
+    def integer(name: str) -> int | None:
+        return int(getattr(request, name)) if request.HasField(name) else None  # type: ignore[arg-type]
+
+    def number(name: str) -> float | None:
+        return float(getattr(request, name)) if request.HasField(name) else None  # type: ignore[arg-type]
+
+    return SamplingFields(
+        max_tokens=integer("max_tokens"),
+        temperature=number("temperature"),
+        top_p=number("top_p"),
+        top_k=integer("top_k"),
+        seed=integer("seed"),
+        stop=tuple(request.stop),
+        ignore_eos=request.ignore_eos,
+        presence_penalty=number("presence_penalty"),
+        frequency_penalty=number("frequency_penalty"),
+        repetition_penalty=number("repetition_penalty"),
+        logprobs=integer("logprobs"),
+        n=integer("n"),
+    )
+
+
+def _finish_reason(event: GenerationEvent) -> pb.FinishReason | None:
+    return None if event.finish_reason is None else _FINISH_REASONS[event.finish_reason]
+
+
+def _usage(usage: Usage | None) -> pb.Usage | None:
+    if usage is None:
+        return None
+    return pb.Usage(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        total_tokens=usage.total_tokens,
+    )
+
+
+def _logprobs(event: GenerationEvent) -> list[pb.PositionLogprobs]:
+    return [_position(token, logprob) for token, logprob in zip(event.token_ids, event.logprobs, strict=False)]
+
+
+def _position(token: int, logprob: TokenLogprob) -> pb.PositionLogprobs:
+    top = [pb.TokenLogprob(token_id=other, logprob=value) for other, value in logprob.top]
+    return pb.PositionLogprobs(chosen=pb.TokenLogprob(token_id=token, logprob=logprob.logprob), top=top)

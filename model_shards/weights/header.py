@@ -1,0 +1,107 @@
+"""The head of a safetensors file: where each tensor lies. No tensor is read.
+
+    0        8                   8 + L                        file size
+    | u64 L  | JSON, L bytes     | tensor data, end to end     |
+
+The JSON maps a name to its dtype, shape and [begin, end) within the data. A file whose size is not exactly the end of
+its last tensor was cut short or damaged, and is told so here, before a byte of it is loaded.
+Format: https://github.com/huggingface/safetensors, README, "Format".
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model_shards.errors import CheckpointError
+
+# The format's own bound.
+_MAX_HEADER_BYTES = 100_000_000
+_MEND = "copy or download the file again"
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a file."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int  # bytes from the start of the file
+    num_bytes: int
+
+
+def read_header(file: Path) -> tuple[StoredTensor, ...]:
+    """The tensors of a safetensors file, in the order of their data.
+
+    Raises CheckpointError, naming the file, when it is missing, truncated, no safetensors file, or holds a dtype that
+    is not a float of 16 to 64 bits.
+    """
+    try:
+        with file.open("rb") as stream:
+            size = file.stat().st_size
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                raise CheckpointError(
+                    f"{file} is truncated or no safetensors file: its first 8 bytes announce a header of {length} "
+                    f"bytes and the file has {size}; {_MEND}"
+                )
+            header: object = json.loads(stream.read(length).decode("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing; {_MEND}") from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # invalid UTF-8 or JSON
+        raise CheckpointError(
+            f"{file} is damaged: its safetensors header is not valid JSON ({error}); {_MEND}"
+        ) from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file} is damaged: its header is not a JSON object; {_MEND}")
+    tensors = [_entry(file, name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"]
+    tensors.sort(key=lambda tensor: tensor.start)
+    _check_layout(file, tensors, 8 + length, size)
+    return tuple(tensors)
+
+
+def _entry(file: Path, name: str, entry: object, data_start: int) -> StoredTensor:
+    values = entry if isinstance(entry, dict) else {}
+    dtype_name, shape, offsets = values.get("dtype"), _counts(values.get("shape")), _counts(values.get("data_offsets"))
+    if not isinstance(dtype_name, str) or shape is None or offsets is None or len(offsets) != 2:
+        raise CheckpointError(f"{file} is damaged: its header entry of tensor {name} is not valid; {_MEND}")
+    dtype = _DTYPES.get(dtype_name)
+    if dtype is None:
+        raise CheckpointError(f"{file}: tensor {name} must be one of {', '.join(_DTYPES)}, got {dtype_name}")
+    begin, end = offsets
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise CheckpointError(
+            f"{file} is damaged: tensor {name} of shape {list(shape)} and dtype {dtype_name} takes "
+            f"{math.prod(shape) * dtype.itemsize} bytes, its header entry says {end - begin}; {_MEND}"
+        )
+    return StoredTensor(name, file, dtype, shape, data_start + begin, end - begin)
+
+
+def _counts(value: object) -> tuple[int, ...] | None:
+    """A list of integers of 0 or more, or None."""
+    if not isinstance(value, list):
+        return None
+    counts = tuple(item for item in value if isinstance(item, int) and not isinstance(item, bool) and item >= 0)
+    return counts if len(counts) == len(value) else None
+
+
+def _check_layout(file: Path, tensors: list[StoredTensor], data_start: int, size: int) -> None:
+    """Tensors, sorted by start, must fill the data without hole or overlap, up to the end of the file."""
+    end = data_start
+    for tensor in tensors:
+        if tensor.start != end:
+            raise CheckpointError(
+                f"{file} is damaged: tensor {tensor.name} begins at byte {tensor.start}, not {end}; {_MEND}"
+            )
+        end += tensor.num_bytes
+    if size < end:
+        raise CheckpointError(f"{file} is truncated: its header asks for {end} bytes, the file has {size}; {_MEND}")
+    if size > end:
+        raise CheckpointError(f"{file} is damaged: its header ends at {end} bytes, the file has {size}; {_MEND}")

@@ -1,0 +1,49 @@
+"""How much memory a slice takes, and whether there is as much."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from model_shards.config import ModelConfig
+from model_shards.errors import CapacityError
+from model_shards.experts import ExpertShardModel
+from model_shards.model import AttentionModel
+
+_GIB = 2**30
+_MEMINFO = Path("/proc/meminfo")
+
+
+def attention_slice_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of the weights of one attention rank; allocates nothing."""
+    return _parameter_bytes(AttentionModel(config, dtype, torch.device("meta")))
+
+
+def expert_slice_bytes(config: ModelConfig, num_experts: int, dtype: torch.dtype) -> int:
+    """Bytes of the weights of an expert rank with `num_experts` experts in every MoE layer; allocates nothing."""
+    return _parameter_bytes(ExpertShardModel(config, tuple(range(num_experts)), dtype, torch.device("meta")))
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that an allocation on `device` may take now; None where the system does not tell (a CPU outside Linux)."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if not _MEMINFO.exists():
+        return None
+    for line in _MEMINFO.read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key == "MemAvailable":
+            return int(value.removesuffix("kB")) * 1024
+    return None
+
+
+def check_memory(needed_bytes: int, available_bytes: int, what: str) -> None:
+    """Raises CapacityError with both numbers in GiB when `what` needs more than there is."""
+    if needed_bytes > available_bytes:
+        raise CapacityError(
+            f"{what} needs {needed_bytes / _GIB:.2f} GiB of memory and {available_bytes / _GIB:.2f} GiB is available"
+        )
+
+
+def _parameter_bytes(model: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
