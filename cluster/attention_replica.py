@@ -6,9 +6,6 @@ from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from pathlib import Path
 
-from model_shards.kv_cache import LatentKVCache
-from model_shards.weights import Progress, load_attention_model
-
 from cluster.device import local_device, torch_dtype
 from cluster.engine import Engine
 from cluster.epoch_thread import EpochEnd, EpochThread, OnEpochEnd
@@ -20,6 +17,8 @@ from cluster.spec import CellSpec
 from cluster.step_loop import StepEvents, StepLoop
 from model_shards.config import load_model_config
 from model_shards.errors import InvalidRequestError, ShoalError, UnavailableError
+from model_shards.kv_cache import LatentKVCache
+from model_shards.weights import Progress, load_attention_model
 
 logger = logging.getLogger(__name__)
 

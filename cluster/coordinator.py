@@ -130,6 +130,11 @@ class Coordinator:
         """Progress of a rank that is not registered yet."""
         self._loading[loading.name] = loading
 
+    def report_failure(self, name: str, error: str) -> None:
+        """A rank that is not registered cannot start; told to whoever waits for the cell."""
+        log_event(logger, "rank cannot start", logging.ERROR, place=name, error=error)
+        self._last_error = f"{name}: {error}"
+
     def status(self) -> CellStatus:
         """A snapshot."""
         now = self._clock()

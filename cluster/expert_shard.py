@@ -5,8 +5,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
-from model_shards.weights import Progress, load_expert_shard
-
 from cluster.device import local_device, torch_dtype
 from cluster.dispatch import make_expert_dispatcher
 from cluster.epoch_session import LeaveFlag, open_session
@@ -16,6 +14,7 @@ from cluster.membership import Membership
 from cluster.spec import CellSpec
 from cluster.step_header import StepHeader
 from model_shards.config import load_model_config
+from model_shards.weights import Progress, load_expert_shard
 
 logger = logging.getLogger(__name__)
 

@@ -40,7 +40,8 @@ def quote(value: LogValue) -> str:
 
 def configure_logging(role: str, rank: str, level: str = "INFO", stream: TextIO | None = None) -> None:
     """Sends Shoal's own loggers of this process to `stream` (stderr by default); other libraries keep theirs."""
-    handler = logging.StreamHandler(stream or sys.stderr)
+    # The process's first stderr: Serve puts its own log in place of sys.stderr in a replica.
+    handler = logging.StreamHandler(stream or sys.__stderr__)
     handler.setFormatter(_LineFormatter(role, rank))
     for name in ("model_shards", "cluster", "deploy"):
         logger = logging.getLogger(name)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from cluster.dispatch.base import StepPlan
+from cluster.limits import MAX_MICRO_BATCHES
 from cluster.process_group import EpochGroups
 from cluster.topology import Topology
 from model_shards.errors import EpochAbortedError
 
-MAX_MICRO_BATCHES = 3
 _FIELDS = 2 + MAX_MICRO_BATCHES
 
 

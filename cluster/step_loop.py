@@ -91,7 +91,8 @@ class StepLoop:
                 self._ring = session.bell.ring
                 try:
                     on_joined()
-                    log_event(logger, "epoch joined", epoch=membership.epoch)
+                    place = membership.topology.name(global_rank)
+                    log_event(logger, "epoch joined", epoch=membership.epoch, place=place)
                     while not self._step(session, dispatcher):
                         pass
                 finally:

@@ -11,7 +11,8 @@ import threading
 from collections.abc import Callable
 from datetime import timedelta
 
-from torch.distributed import DistStoreError, TCPStore
+from torch._C._distributed_c10d import Store  # torch.distributed has it, but its stubs do not export it
+from torch.distributed import DistStoreError
 
 from model_shards.errors import EpochAbortedError
 
@@ -22,7 +23,7 @@ _SLICE = timedelta(seconds=60)
 class WakeBell:
     """The bell of one epoch, on one rank. `sleep` is for the step thread, `ring` for any thread."""
 
-    def __init__(self, waiting: TCPStore, ringing: TCPStore) -> None:
+    def __init__(self, waiting: Store, ringing: Store) -> None:
         """`waiting` and `ringing` are two connections to one store: a blocked wait holds its connection."""
         self._waiting = waiting
         self._ringing = ringing

@@ -21,8 +21,7 @@ from cluster.topology import Role
 from model_shards.errors import UnavailableError
 
 
-@serve.deployment
-class AttentionDeployment:
+class AttentionRank:
     """One attention replica. Constructed means in an epoch: Serve routes to it only then."""
 
     async def __init__(self, spec: CellSpec) -> None:  # type: ignore[misc]  # Serve awaits it
@@ -74,3 +73,6 @@ class AttentionDeployment:
         """Serve calls this when it takes the replica down, after its requests ended."""
         self._agent_task.cancel()
         await asyncio.to_thread(self._replica.close)
+
+
+AttentionDeployment = serve.deployment(name="attention")(AttentionRank)

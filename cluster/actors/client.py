@@ -25,7 +25,8 @@ class RayCoordinatorClient:
         self._actor = actor
 
     async def register(self, registration: Registration) -> None:
-        """See Coordinator.register."""
+        """See Coordinator.register. A coordinator that was restarted begins its work with this."""
+        self._actor.start.remote()
         await self._call(self._actor.register.remote(registration), None)
 
     async def next_command(self, uid: str, timeout_s: float) -> Command | None:

@@ -1,11 +1,13 @@
 """The Ray shell of the coordinator: it also makes the expert actors, in one placement group."""
 
 import asyncio
+import contextlib
+import logging
 import time
 from pathlib import Path
 
 import ray
-from ray.util.placement_group import placement_group
+from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.actors.client import COORDINATOR_NAME, NAMESPACE
@@ -19,6 +21,8 @@ from model_shards.config import load_model_config
 from model_shards.errors import CapacityError
 
 _PLACEMENT_S = 120.0
+_EXPERT_RETRY_S = 2.0
+_EXPERT_GROUP = "shoal-experts"
 
 
 def expert_actor_name(ep_rank: int) -> str:
@@ -31,6 +35,8 @@ class CoordinatorRank:
 
     def __init__(self, spec: CellSpec) -> None:
         configure_logging("coordinator", "-", spec.log_level)
+        # It warns that detached actors die with their placement group; theirs is detached too.
+        logging.getLogger("ray.actor").setLevel(logging.ERROR)
         config = load_model_config(Path(spec.model_directory))
         self._coordinator = Coordinator(
             spec.topology,
@@ -41,14 +47,14 @@ class CoordinatorRank:
             time.monotonic,
         )
         self._spec = spec
+        self._started: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Makes the expert actors and begins to form epochs; a second call changes nothing."""
-        if self._tasks:
-            return
-        self._tasks = [asyncio.create_task(self._coordinator.run())]
-        await self._make_experts()
+        """Makes the expert actors and begins to form epochs; another call waits for the first one's end."""
+        if self._started is None:
+            self._started = asyncio.create_task(self._start())
+        await asyncio.shield(self._started)
 
     async def register(self, registration: Registration) -> None:
         await self._coordinator.register(registration)
@@ -74,12 +80,40 @@ class CoordinatorRank:
     async def wait_running(self, timeout_s: float) -> CellStatus:
         return await self._coordinator.wait_running(timeout_s)
 
-    async def _make_experts(self) -> None:
+    async def _start(self) -> None:
+        self._tasks.append(asyncio.create_task(self._coordinator.run()))
+        try:
+            group = await self._expert_group()
+        except CapacityError as error:
+            self._coordinator.report_failure("experts", str(error))
+            raise
+        handle = ray.get_runtime_context().current_actor
+        for ep_rank in range(self._spec.topology.num_expert):
+            actor = ExpertActor.options(
+                name=expert_actor_name(ep_rank),
+                namespace=NAMESPACE,
+                # After a restart of this actor they still run, and so does the epoch they are in.
+                get_if_exists=True,
+                lifetime="detached",
+                num_cpus=1,
+                num_gpus=0 if self._spec.device == "cpu" else 1,
+                max_restarts=-1,
+                max_concurrency=16,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=ep_rank),
+            ).remote(self._spec, ep_rank, handle)
+            self._tasks.append(asyncio.create_task(self._keep_running(actor, ep_rank)))
+
+    async def _expert_group(self) -> PlacementGroup:
+        """The placement group of the experts, one bundle each. Raises CapacityError when the cluster has no room."""
         resources = {"CPU": 1.0} if self._spec.device == "cpu" else {"CPU": 1.0, "GPU": 1.0}
         if self._spec.expert_resource is not None:
             resources[self._spec.expert_resource] = 1.0
         count = self._spec.topology.num_expert
-        group = placement_group([dict(resources) for _ in range(count)], strategy="PACK", name="shoal-experts")
+        try:
+            group = get_placement_group(_EXPERT_GROUP)
+        except ValueError:
+            bundles = [dict(resources) for _ in range(count)]
+            group = placement_group(bundles, strategy="PACK", name=_EXPERT_GROUP, lifetime="detached")
         try:
             await asyncio.wait_for(group.ready(), _PLACEMENT_S)
         except TimeoutError:
@@ -87,27 +121,20 @@ class CoordinatorRank:
                 f"the Ray cluster has no room for {count} expert shards of {resources} each "
                 f"within {_PLACEMENT_S:g} s: add nodes or ask for fewer shards"
             ) from None
-        handle = ray.get_runtime_context().current_actor
-        for ep_rank in range(count):
-            actor = ExpertActor.options(
-                name=expert_actor_name(ep_rank),
-                namespace=NAMESPACE,
-                get_if_exists=True,
-                num_cpus=1,
-                num_gpus=0 if self._spec.device == "cpu" else 1,
-                max_restarts=-1,
-                max_concurrency=16,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=ep_rank),
-            ).remote(self._spec, ep_rank, handle)
-            self._tasks.append(asyncio.create_task(self._keep_running(actor)))
+        return group
 
-    async def _keep_running(self, actor: ray.actor.ActorHandle) -> None:
+    async def _keep_running(self, actor: ray.actor.ActorHandle, ep_rank: int) -> None:
         """Runs an expert actor for ever: Ray restarts the process, this starts its work again."""
         while True:
             try:
                 await actor.run.remote()
+            except ray.exceptions.RayTaskError as error:
+                # Its process lives but cannot work, as when its slice cannot be read: told, and tried again.
+                name = self._spec.topology.name(self._spec.topology.expert_global_rank(ep_rank))
+                self._coordinator.report_failure(name, str(error.cause))
             except ray.exceptions.RayActorError:
-                await asyncio.sleep(1.0)
+                pass
+            await asyncio.sleep(_EXPERT_RETRY_S)
 
 
 CoordinatorActor = ray.remote(CoordinatorRank)
@@ -124,3 +151,13 @@ def get_or_create_coordinator(spec: CellSpec) -> ray.actor.ActorHandle:
         max_restarts=-1,
         max_concurrency=1000,
     ).remote(spec)
+
+
+def remove_cell(spec: CellSpec) -> None:
+    """Ends the coordinator, the expert actors and their placement group, those of them that exist."""
+    names = [COORDINATOR_NAME, *(expert_actor_name(ep_rank) for ep_rank in range(spec.topology.num_expert))]
+    for name in names:
+        with contextlib.suppress(ValueError):
+            ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
+    with contextlib.suppress(ValueError):
+        remove_placement_group(get_placement_group(_EXPERT_GROUP))

@@ -25,10 +25,19 @@ class ExpertRank:
         self._client = RayCoordinatorClient(coordinator)
         self._name = spec.topology.name(spec.topology.expert_global_rank(ep_rank))
         self._shard: ExpertShard | None = None
+        self._running: asyncio.Task[None] | None = None
         configure_logging(Role.EXPERT.value, self._name, spec.log_level)
 
     async def run(self) -> None:
-        """Loads the slice, then serves the coordinator's commands; returns only with an error."""
+        """Loads the slice, then serves the coordinator's commands; returns only with an error.
+
+        A restarted coordinator calls it again, while the first call still runs: there is one run at a time.
+        """
+        if self._running is None or self._running.done():
+            self._running = asyncio.create_task(self._run())
+        await asyncio.shield(self._running)
+
+    async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         progress = LoadingReporter(self._client, loop, self._name)
         agent: RankAgent | None = None

@@ -8,6 +8,7 @@ Serve keeps for implementations that are to be replaced.
 
 import os
 from collections.abc import Mapping
+from typing import Protocol
 
 import ray.serve._private.default_impl as serve_default_impl
 
@@ -21,20 +22,20 @@ def proxy_environment(host: str) -> Mapping[str, str]:
     return {_CALLBACK_VARIABLE: CALLBACK_PATH, _HOST_VARIABLE: host}
 
 
+class _Server(Protocol):
+    """The part of grpc.aio.Server used below."""
+
+    def add_insecure_port(self, address: str) -> int: ...
+
+
 def bind_grpc_proxy() -> list[object]:
     """Called by Serve in each proxy process before its servers start; adds no HTTP middleware."""
     host = os.environ[_HOST_VARIABLE]
 
-    def add_grpc_address(server: "_Server", address: str) -> None:
+    def add_grpc_address(server: _Server, address: str) -> None:
         port = address.rpartition(":")[2]
         bracketed = f"[{host}]" if ":" in host else host
         server.add_insecure_port(f"{bracketed}:{port}")
 
     serve_default_impl.add_grpc_address = add_grpc_address
     return []
-
-
-class _Server:
-    """The part of grpc.aio.Server used above."""
-
-    def add_insecure_port(self, address: str) -> int: ...

@@ -4,6 +4,7 @@ import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import ray
 from fastapi import FastAPI
 from grpc_health.v1 import health_pb2
 from ray import serve
@@ -16,9 +17,11 @@ from deploy.config import ShoalSettings
 from deploy.gateway import inference_pb2 as pb
 from deploy.gateway.grpc_methods import InferenceServicer
 from deploy.gateway.http import create_http_app
-from deploy.gateway.service import Gateway
+from deploy.gateway.service import Gateway, GatewayLimits
+from deploy.gateway.validation import ModelLimits
 from deploy.text import ChatTokenizer
 from model_shards.config import load_model_config
+from model_shards.errors import UnavailableError
 
 
 class ServeEngineClient:
@@ -28,19 +31,21 @@ class ServeEngineClient:
         self._attention = attention.options(stream=True)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[StepOutput]:
-        """Streams from one attention replica; leaving early cancels the request there."""
+        """Streams from one attention replica; leaving early cancels the request there.
+
+        Raises UnavailableError when the replica was lost; what the replica itself raised comes through as its class.
+        """
         stream = self._attention.generate.remote(request)
         ended = False
         try:
             async for output in stream:
                 ended = output.finish_reason is not None
                 yield output
+        except ray.exceptions.RayActorError as error:
+            raise UnavailableError("the attention replica of this request was lost; send it again") from error
         finally:
             if not ended:
                 stream.cancel()
-
-    async def cancel(self, request_id: str) -> None:
-        """Nothing to do: leaving `generate` cancels, and it is always left."""
 
 
 def _http_app() -> FastAPI:
@@ -52,9 +57,7 @@ def _http_app() -> FastAPI:
     return create_http_app(gateway)
 
 
-@serve.deployment
-@serve.ingress(_http_app)
-class GatewayDeployment:
+class GatewayIngress:
     """gRPC methods carry the names of the protobuf services; Serve routes by them."""
 
     def __init__(self, settings: ShoalSettings, max_model_len: int, attention: DeploymentHandle) -> None:
@@ -63,11 +66,9 @@ class GatewayDeployment:
         config = load_model_config(directory)
         self.gateway = Gateway(
             tokenizer=ChatTokenizer.load(directory),
-            model_name=settings.model.name,
-            vocab_size=config.vocab_size,
-            max_model_len=max_model_len,
+            model=ModelLimits(settings.model.name, config.vocab_size, max_model_len),
+            limits=GatewayLimits(settings.server.max_concurrent_requests, settings.server.request_timeout_s),
             engine=ServeEngineClient(attention),
-            max_concurrent_requests=settings.server.max_concurrent_requests,
         )
         self._servicer = InferenceServicer(self.gateway)
 
@@ -104,3 +105,6 @@ class GatewayDeployment:
     async def drain(self) -> None:
         """From now on new requests are refused with UNAVAILABLE; returns when the running ones ended."""
         await self.gateway.drain()
+
+
+GatewayDeployment = serve.deployment(name="gateway")(serve.ingress(_http_app)(GatewayIngress))

@@ -52,5 +52,8 @@ def status_of(error: BaseException, request_id: str) -> Status:
             return Status(code, http, name, str(told) or name, retry)
     log_event(logger, "internal error", logging.ERROR, request_id=request_id, error=f"{type(error).__name__}: {error}")
     return Status(
-        grpc.StatusCode.INTERNAL, 500, "internal_error", f"internal error; the server's log has it as request {request_id}"
+        grpc.StatusCode.INTERNAL,
+        500,
+        "internal_error",
+        f"internal error; the server's log has it as request {request_id}",
     )

@@ -150,6 +150,4 @@ def _check_stop(stop: tuple[str, ...]) -> None:
         raise InvalidRequestError(f"stop must hold at most {MAX_STOP_STRINGS} strings, got {len(stop)}")
     for index, text in enumerate(stop):
         if not 1 <= len(text) <= MAX_STOP_LENGTH:
-            raise InvalidRequestError(
-                f"stop[{index}] must be 1 to {MAX_STOP_LENGTH} characters long, got {len(text)}"
-            )
+            raise InvalidRequestError(f"stop[{index}] must be 1 to {MAX_STOP_LENGTH} characters long, got {len(text)}")

@@ -18,7 +18,18 @@ from deploy.text.messages import ChatMessage
 from model_shards.errors import CheckpointError, InvalidRequestError
 
 # What a faulty template can raise besides Jinja's own errors: it computes with strings, numbers, lists and mappings.
-_FAULTS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
+_FAULTS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    RecursionError,
+    MemoryError,  # 'a' * 10**12
+)
+# What compiling one can raise: Jinja turns it into Python, which has limits of its own (a loose break, deep nesting).
+_COMPILE_FAULTS = (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError)
 
 
 class _RefusedError(Exception):
@@ -54,6 +65,8 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except TemplateSyntaxError as error:
             raise CheckpointError(f"{place}, line {error.lineno} of the template: {error.message}") from error
+        except _COMPILE_FAULTS as error:
+            raise CheckpointError(f"{place}: the chat template cannot be compiled: {error}") from error
 
     def render(self, messages: Sequence[ChatMessage]) -> str:
         """The conversation as text, up to where the assistant's next answer begins.

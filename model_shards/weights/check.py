@@ -65,12 +65,19 @@ def _source(directory: Path) -> str:
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory; name one in Hugging Face layout")
     for name in (SINGLE_FILE, INDEX_FILE):
-        if (directory / name).exists():
+        if _exists(directory / name):
             return name
     raise CheckpointError(
         f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}; download the checkpoint's *.safetensors files, "
         "or convert it to safetensors"
     )
+
+
+def _exists(file: Path) -> bool:
+    try:
+        return file.exists()
+    except OSError as error:  # a directory that may not be entered, a name too long
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
 
 
 def _read_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -81,7 +88,7 @@ def _read_tensors(directory: Path) -> dict[str, StoredTensor]:
     file_of = _weight_map(index)
     stored: dict[str, StoredTensor] = {}
     for file in sorted(set(file_of.values())):
-        if not (directory / file).exists():
+        if not _exists(directory / file):
             raise CheckpointError(f"{directory / file} is missing, and {index} names it; copy or download it again")
         for tensor in read_header(directory / file):
             if tensor.name in stored:
@@ -101,7 +108,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     file_of: dict[str, str] = {}
     for name, file in weight_map.values.items():
         # A bare name: an index must not lead out of its directory.
-        if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file:
+        if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file or not file.isprintable():
             raise weight_map.error(name, "must be the name of a file beside the index")
         file_of[name] = file
     return file_of

@@ -10,6 +10,7 @@ Format: https://github.com/huggingface/safetensors, README, "Format".
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from model_shards.errors import CheckpointError
 
 # The format's own bound.
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_COUNT = 2**63 - 1
 _MEND = "copy or download the file again"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -50,19 +52,20 @@ def read_header(file: Path) -> tuple[StoredTensor, ...]:
                     f"{file} is truncated or no safetensors file: its first 8 bytes announce a header of {length} "
                     f"bytes and the file has {size}; {_MEND}"
                 )
-            header: object = json.loads(stream.read(length).decode("utf-8"))
+            header: object = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_distinct)
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing; {_MEND}") from None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # invalid UTF-8 or JSON
+    except (ValueError, RecursionError) as error:  # invalid UTF-8 or JSON, or JSON nested without end
         raise CheckpointError(
             f"{file} is damaged: its safetensors header is not valid JSON ({error}); {_MEND}"
         ) from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file} is damaged: its header is not a JSON object; {_MEND}")
     tensors = [_entry(file, name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"]
-    tensors.sort(key=lambda tensor: tensor.start)
+    # A tensor without elements takes no room and may begin where another does.
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.num_bytes))
     _check_layout(file, tensors, 8 + length, size)
     return tuple(tensors)
 
@@ -74,21 +77,30 @@ def _entry(file: Path, name: str, entry: object, data_start: int) -> StoredTenso
         raise CheckpointError(f"{file} is damaged: its header entry of tensor {name} is not valid; {_MEND}")
     dtype = _DTYPES.get(dtype_name)
     if dtype is None:
-        raise CheckpointError(f"{file}: tensor {name} must be one of {', '.join(_DTYPES)}, got {dtype_name}")
+        raise CheckpointError(f"{file}: tensor {name} must be one of {', '.join(_DTYPES)}, got {dtype_name!r}")
     begin, end = offsets
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise CheckpointError(
-            f"{file} is damaged: tensor {name} of shape {list(shape)} and dtype {dtype_name} takes "
-            f"{math.prod(shape) * dtype.itemsize} bytes, its header entry says {end - begin}; {_MEND}"
+            f"{file} is damaged: tensor {name} of shape {list(shape)} and dtype {dtype_name} does not take the "
+            f"{end - begin} bytes that its header entry says; {_MEND}"
         )
     return StoredTensor(name, file, dtype, shape, data_start + begin, end - begin)
 
 
+def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object of the header. Raises ValueError for a key that stands twice, or that is no text (a lone surrogate)."""
+    for key, count in Counter(key for key, _ in pairs).items():
+        key.encode()
+        if count > 1:
+            raise ValueError(f"{key} stands {count} times in one object")
+    return dict(pairs)
+
+
 def _counts(value: object) -> tuple[int, ...] | None:
-    """A list of integers of 0 or more, or None."""
+    """A list of integers of 0 or more that a file can mean, or None."""
     if not isinstance(value, list):
         return None
-    counts = tuple(item for item in value if isinstance(item, int) and not isinstance(item, bool) and item >= 0)
+    counts = tuple(item for item in value if type(item) is int and 0 <= item <= _MAX_COUNT)  # JSON's true is no int
     return counts if len(counts) == len(value) else None
 
 

@@ -38,11 +38,13 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def check_memory(needed_bytes: int, available_bytes: int, what: str) -> None:
-    """Raises CapacityError with both numbers in GiB when `what` needs more than there is."""
+    """Raises CapacityError with both numbers when `what` needs more than there is."""
     if needed_bytes > available_bytes:
-        raise CapacityError(
-            f"{what} needs {needed_bytes / _GIB:.2f} GiB of memory and {available_bytes / _GIB:.2f} GiB is available"
-        )
+        raise CapacityError(f"{what} needs {_size(needed_bytes)} of memory and {_size(available_bytes)} is available")
+
+
+def _size(count: int) -> str:
+    return f"{count / _GIB:.2f} GiB" if count >= _GIB else f"{count / 2**20:.1f} MiB"
 
 
 def _parameter_bytes(model: nn.Module) -> int:

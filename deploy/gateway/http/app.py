@@ -82,7 +82,9 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
     try:
         parsed = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise InvalidRequestError(f"the body must be UTF-8, got byte {data[error.start]:#04x} at {error.start}") from None
+        raise InvalidRequestError(
+            f"the body must be UTF-8, got byte {data[error.start]:#04x} at {error.start}"
+        ) from None
     except (json.JSONDecodeError, RecursionError) as error:
         raise InvalidRequestError(f"the body must be JSON: {error}") from None
     try:

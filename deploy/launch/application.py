@@ -1,0 +1,103 @@
+"""The cell and its Serve application inside a `with`: started, watched until it runs, taken down at the end."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeAlias
+
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, LoggingConfig
+
+from cluster.actors.coordinator import get_or_create_coordinator, remove_cell
+from cluster.control import CellStatus
+from cluster.spec import CellSpec
+from deploy.app import APP_NAME, SERVICER_FUNCTIONS, build_application
+from deploy.cli.progress import ServeUi
+from deploy.config import ShoalSettings
+from model_shards.errors import UnavailableError
+
+_Actor: TypeAlias = ray.actor.ActorHandle
+# Beside cell.join_timeout_s, which bounds loading and joining: Serve's controller, proxies and worker processes.
+_SERVE_START_S = 60.0
+_POLL_S = 0.1
+_CALL_S = 15.0
+
+
+@contextmanager
+def running_application(settings: ShoalSettings, spec: CellSpec, ui: ServeUi) -> Iterator[None]:
+    """The application runs inside the block; its actors are gone after it.
+
+    Raises UnavailableError, naming the missing ranks and the last error, when it does not run in time.
+    """
+    coordinator = get_or_create_coordinator(spec)
+    try:
+        # The experts load while Serve starts: on two cores that is most of the start.
+        coordinator.start.remote()
+        deadline = time.monotonic() + spec.join_timeout_s + _SERVE_START_S
+        serve.start(
+            proxy_location=ProxyLocation.HeadOnly if settings.ray.address is None else ProxyLocation.EveryNode,
+            http_options=HTTPOptions(host=settings.server.host, port=settings.server.http_port),
+            grpc_options=gRPCOptions(port=settings.server.grpc_port, grpc_servicer_functions=list(SERVICER_FUNCTIONS)),
+            logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+        )
+        target = serve.RunTarget(build_application(settings), name=APP_NAME, route_prefix="/")
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        _wait_until_running(coordinator, deadline, ui)
+        yield
+    finally:
+        serve.shutdown()
+        remove_cell(spec)
+
+
+def drain_application(timeout_s: float) -> bool:
+    """Refuses new requests and lets the running ones end; whether they did in time."""
+    try:
+        serve.get_app_handle(APP_NAME).drain.remote().result(timeout_s=timeout_s)
+    except TimeoutError:
+        return False
+    return True
+
+
+def _wait_until_running(coordinator: _Actor, deadline: float, ui: ServeUi) -> None:
+    while True:
+        application = serve.status().applications.get(APP_NAME)
+        status = _cell_status(coordinator)
+        for loading in () if status is None else status.loading:
+            ui.loading(loading.name, loading.done_bytes, loading.total_bytes)
+        if application is not None and application.status is ApplicationStatus.RUNNING:
+            return
+        failed = application is not None and application.status is ApplicationStatus.DEPLOY_FAILED
+        if failed or time.monotonic() > deadline:
+            raise UnavailableError(_why_not_running(failed, application, status))
+        time.sleep(_POLL_S)
+
+
+def _cell_status(coordinator: _Actor) -> CellStatus | None:
+    """None when it does not answer: it may be restarting, and Serve's status says more then."""
+    try:
+        status: CellStatus = ray.get(coordinator.status.remote(), timeout=_CALL_S)
+    except (ray.exceptions.RayError, TimeoutError):
+        return None
+    return status
+
+
+def _why_not_running(failed: bool, application: ApplicationStatusOverview | None, status: CellStatus | None) -> str:
+    said = ["the cell failed to start" if failed else "the cell did not start in time (cell.join_timeout_s)"]
+    if status is None:
+        said.append("its coordinator does not answer")
+    else:
+        said.append(f"missing ranks: {', '.join(status.missing) or 'none'}")
+        said.append(f"last error: {status.last_error or 'none'}")
+    for name, deployment in {} if application is None else application.deployments.items():
+        cause = _last_line(deployment.message)
+        if cause:
+            said.append(f"{name}: {cause}")
+    return "; ".join(said)
+
+
+def _last_line(message: str) -> str:
+    """The exception at the end of a traceback; the rest of it is in the log."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[-1] if lines else ""

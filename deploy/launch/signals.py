@@ -1,0 +1,65 @@
+"""SIGINT and SIGTERM of a process that runs a service: the first stops it in order, the second at once."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Self
+
+import psutil
+
+_NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StartInterrupted(BaseException):
+    """A signal came during the start: unwind, and stop what stands. Not an Exception: nothing may swallow it."""
+
+
+class StopSignals:
+    """First signal: `wait` returns, or the start is interrupted. Second: all our processes end at once, status 1."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._starting = False
+
+    @contextmanager
+    def installed(self) -> Iterator[Self]:
+        """Handles both signals inside the block. Main thread only."""
+        old = {number: signal.signal(number, self._handle) for number in _NUMBERS}
+        try:
+            yield self
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Inside the block the first signal raises StartInterrupted in the main thread."""
+        self._starting = True
+        try:
+            yield
+        finally:
+            self._starting = False
+
+    def wait(self, timeout_s: float) -> bool:
+        """Blocks for a signal; whether one came."""
+        return self._event.wait(timeout_s)
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        if self._event.is_set():
+            kill_children()
+            os._exit(1)
+        self._event.set()
+        if self._starting:
+            raise StartInterrupted
+
+
+def kill_children() -> None:
+    """Kills every descendant process; they are all ours, as this process started them."""
+    for child in psutil.Process().children(recursive=True):
+        try:
+            child.kill()
+        except psutil.NoSuchProcess:
+            continue
