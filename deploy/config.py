@@ -79,7 +79,7 @@ class ServerSettings:
     http_port: Port = 8000
     max_concurrent_requests: Positive = 256  # per gateway replica; more are refused with RESOURCE_EXHAUSTED
     drain_timeout_s: Seconds = 30.0
-    request_timeout_s: Seconds = 3600.0  # for requests that bring no deadline of their own
+    request_timeout_s: Seconds = 3600.0  # the longest a request may take; a client's own deadline may be shorter
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The Ray Serve shell of the gateway: one class behind the gRPC proxy and the HTTP proxy; it only forwards."""
 
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 
 import ray
@@ -30,7 +31,7 @@ class ServeEngineClient:
     def __init__(self, attention: DeploymentHandle) -> None:
         self._attention = attention.options(stream=True)
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[StepOutput]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepOutput, None]:
         """Streams from one attention replica; leaving early cancels the request there.
 
         Raises UnavailableError when the replica was lost; what the replica itself raised comes through as its class.
@@ -74,15 +75,17 @@ class GatewayIngress:
 
     async def ChatCompletion(
         self, request: pb.ChatCompletionRequest, grpc_context: RayServegRPCContext
-    ) -> AsyncIterator[pb.ChatCompletionChunk]:
-        async for chunk in self._servicer.chat_completion(request, grpc_context):
-            yield chunk
+    ) -> AsyncGenerator[pb.ChatCompletionChunk, None]:
+        async with aclosing(self._servicer.chat_completion(request, grpc_context)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def Completion(
         self, request: pb.CompletionRequest, grpc_context: RayServegRPCContext
-    ) -> AsyncIterator[pb.CompletionChunk]:
-        async for chunk in self._servicer.completion(request, grpc_context):
-            yield chunk
+    ) -> AsyncGenerator[pb.CompletionChunk, None]:
+        async with aclosing(self._servicer.completion(request, grpc_context)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def ListModels(
         self, request: pb.ListModelsRequest, grpc_context: RayServegRPCContext

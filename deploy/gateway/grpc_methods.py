@@ -1,8 +1,7 @@
 """The five RPCs and the health check: protobuf to the gateway and back."""
 
-import asyncio
-import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Protocol, TypeVar
 
@@ -11,8 +10,9 @@ from grpc_health.v1 import health_pb2
 
 from cluster.request import FinishReason, TokenLogprob
 from deploy.gateway import inference_pb2 as pb
-from deploy.gateway.service import Gateway, Generation, GenerationEvent, Usage
-from deploy.gateway.status import status_of
+from deploy.gateway.generation import Generation, GenerationEvent, Usage
+from deploy.gateway.service import Gateway
+from deploy.gateway.status import Status, status_of
 from deploy.gateway.validation import SamplingFields
 from deploy.text.messages import ChatMessage
 from model_shards.errors import InvalidRequestError
@@ -22,19 +22,20 @@ _FINISH_REASONS = {
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
     FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
 }
-_TIMEOUT_UNITS_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
+_HEALTH_SERVICES = ("", "shoal.v1.Inference")
 
 
 class GrpcContext(Protocol):
-    """What is used of Serve's RayServegRPCContext."""
+    """What is used of Serve's RayServegRPCContext.
+
+    A client's deadline is not among it: the proxy keeps it, and cancels the call when it passes.
+    """
 
     def set_code(self, code: grpc.StatusCode) -> None: ...
 
     def set_details(self, details: str) -> None: ...
 
     def set_trailing_metadata(self, trailing_metadata: list[tuple[str, str]]) -> None: ...
-
-    def invocation_metadata(self) -> Sequence[tuple[str, str]]: ...
 
 
 class RpcError(Exception):
@@ -52,12 +53,12 @@ class InferenceServicer:
 
     async def chat_completion(
         self, request: pb.ChatCompletionRequest, context: GrpcContext
-    ) -> AsyncIterator[pb.ChatCompletionChunk]:
+    ) -> AsyncGenerator[pb.ChatCompletionChunk, None]:
         """Streams the answer to a conversation."""
         messages = [ChatMessage(message.role, message.content) for message in request.messages]
 
-        def accept() -> Generation:
-            return self._gateway.chat(request.model, messages, sampling_fields(request), deadline_of(context))
+        async def accept() -> Generation:
+            return await self._gateway.chat(request.model, messages, sampling_fields(request))
 
         def chunk(generation: Generation, event: GenerationEvent) -> pb.ChatCompletionChunk:
             return pb.ChatCompletionChunk(
@@ -66,26 +67,26 @@ class InferenceServicer:
                 token_ids=event.token_ids,
                 finish_reason=_finish_reason(event),
                 usage=_usage(event.usage),
-                model=generation.model,
+                model=self._gateway.model.name,
                 created=generation.created,
                 logprobs=_logprobs(event),
             )
 
-        async with aclosing(_stream(accept, chunk, context)) as chunks:
+        async with aclosing(_stream(accept, chunk, pb.ChatCompletionChunk(), context)) as chunks:
             async for made in chunks:
                 yield made
 
     async def completion(
         self, request: pb.CompletionRequest, context: GrpcContext
-    ) -> AsyncIterator[pb.CompletionChunk]:
+    ) -> AsyncGenerator[pb.CompletionChunk, None]:
         """Streams the continuation of a prompt."""
 
-        def accept() -> Generation:
+        async def accept() -> Generation:
             kind = request.WhichOneof("prompt")
             if kind is None:
                 raise InvalidRequestError("prompt must be text or token_ids, got neither")
             prompt = request.text if kind == "text" else list(request.token_ids.ids)
-            return self._gateway.complete(request.model, prompt, sampling_fields(request), deadline_of(context))
+            return await self._gateway.complete(request.model, prompt, sampling_fields(request))
 
         def chunk(generation: Generation, event: GenerationEvent) -> pb.CompletionChunk:
             return pb.CompletionChunk(
@@ -94,12 +95,12 @@ class InferenceServicer:
                 token_ids=event.token_ids,
                 finish_reason=_finish_reason(event),
                 usage=_usage(event.usage),
-                model=generation.model,
+                model=self._gateway.model.name,
                 created=generation.created,
                 logprobs=_logprobs(event),
             )
 
-        async with aclosing(_stream(accept, chunk, context)) as chunks:
+        async with aclosing(_stream(accept, chunk, pb.CompletionChunk(), context)) as chunks:
             async for made in chunks:
                 yield made
 
@@ -111,72 +112,79 @@ class InferenceServicer:
 
     async def tokenize(self, request: pb.TokenizeRequest, context: GrpcContext) -> pb.TokenizeResponse:
         """Text to token ids."""
-        ids = _answer(lambda: self._gateway.tokenize(request.model, request.text), context)
+        ids = await _answer(lambda: self._gateway.tokenize(request.model, request.text), context)
         return pb.TokenizeResponse(token_ids=pb.TokenIds(ids=ids))
 
     async def detokenize(self, request: pb.DetokenizeRequest, context: GrpcContext) -> pb.DetokenizeResponse:
         """Token ids to text."""
-        text = _answer(lambda: self._gateway.detokenize(request.model, request.token_ids.ids), context)
+
+        async def detokenize() -> str:
+            return self._gateway.detokenize(request.model, request.token_ids.ids)
+
+        text = await _answer(detokenize, context)
         return pb.DetokenizeResponse(text=text)
 
-    async def check(self, _: health_pb2.HealthCheckRequest, context: GrpcContext) -> health_pb2.HealthCheckResponse:
+    async def check(
+        self, request: health_pb2.HealthCheckRequest, context: GrpcContext
+    ) -> health_pb2.HealthCheckResponse:
         """SERVING unless draining; a gateway that cannot be reached answers nothing at all."""
+        if request.service not in _HEALTH_SERVICES:
+            context.set_code(grpc.StatusCode.NOT_FOUND)
+            context.set_details(f"service must be empty or {_HEALTH_SERVICES[1]}, got {request.service[:100]!r}")
+            raise RpcError("unknown service")
         response = health_pb2.HealthCheckResponse
         return response(status=response.SERVING if self._gateway.serving else response.NOT_SERVING)
 
 
-Chunk = TypeVar("Chunk")
+Chunk = TypeVar("Chunk", pb.ChatCompletionChunk, pb.CompletionChunk)
 
 
 async def _stream(
-    accept: Callable[[], Generation], chunk: Callable[[Generation, GenerationEvent], Chunk], context: GrpcContext
+    accept: Callable[[], Awaitable[Generation]],
+    chunk: Callable[[Generation, GenerationEvent], Chunk],
+    empty: Chunk,
+    context: GrpcContext,
 ) -> AsyncGenerator[Chunk, None]:
-    request_id = "-"
+    request_id = uuid.uuid4().hex
     try:
-        generation = accept()
+        generation = await accept()
         request_id = generation.id
-        async with aclosing(generation.events) as events:
-            async for event in events:
+        async with aclosing(generation):
+            async for event in generation:
                 yield chunk(generation, event)
-    except (GeneratorExit, asyncio.CancelledError):
-        raise
+        return
     except Exception as error:
-        raise _set_status(context, error, request_id) from None
+        status = status_of(error, request_id)
+    _set_status(status, context)
+    if status.retry_after_s is None:
+        raise RpcError(status.message)
+    # Serve drops trailing metadata when a method raises, and passes it on with a chunk only.
+    context.set_trailing_metadata([("retry-after-ms", str(round(status.retry_after_s * 1000)))])
+    yield empty
 
 
-def _answer(call: Callable[[], Reply], context: GrpcContext) -> Reply:
+async def _answer(call: Callable[[], Awaitable[Reply]], context: GrpcContext) -> Reply:
     try:
-        return call()
+        return await call()
     except Exception as error:
-        raise _set_status(context, error, "-") from None
+        status = status_of(error, uuid.uuid4().hex)
+    _set_status(status, context)
+    raise RpcError(status.message)
 
 
-def _set_status(context: GrpcContext, error: Exception, request_id: str) -> RpcError:
-    status = status_of(error, request_id)
+def _set_status(status: Status, context: GrpcContext) -> None:
     context.set_code(status.code)
     context.set_details(status.message)
-    if status.retry_after_s is not None:
-        context.set_trailing_metadata([("retry-after-ms", str(int(status.retry_after_s * 1000)))])
-    return RpcError(status.message)
-
-
-def deadline_of(context: GrpcContext) -> float | None:
-    """Seconds the client gave this call, from its `grpc-timeout` header where the proxy passes it on."""
-    for key, value in context.invocation_metadata():
-        match = re.fullmatch(r"(\d{1,8})([HMSmun])", value) if key == "grpc-timeout" else None
-        if match:
-            return int(match[1]) * _TIMEOUT_UNITS_S[match[2]]
-    return None
 
 
 def sampling_fields(request: pb.CompletionRequest | pb.ChatCompletionRequest) -> SamplingFields:
     """The sampling part; fields that are absent stay None."""
 
     def integer(name: str) -> int | None:
-        return int(getattr(request, name)) if request.HasField(name) else None  # type: ignore[arg-type]
+        return int(getattr(request, name)) if request.HasField(name) else None
 
     def number(name: str) -> float | None:
-        return float(getattr(request, name)) if request.HasField(name) else None  # type: ignore[arg-type]
+        return float(getattr(request, name)) if request.HasField(name) else None
 
     return SamplingFields(
         max_tokens=integer("max_tokens"),

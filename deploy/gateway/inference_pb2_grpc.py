@@ -28,7 +28,8 @@ if _version_not_supported:
 class InferenceStub:
     """Text generation. Field names and meanings follow the OpenAI API; where it has none, the comment says what holds.
     Errors: INVALID_ARGUMENT names the rule and the value; NOT_FOUND an unknown model; RESOURCE_EXHAUSTED carries
-    `retry-after-ms` in the trailing metadata; UNAVAILABLE means starting, draining or a lost rank: send it again.
+    `retry-after-ms` in the trailing metadata, behind one empty chunk; UNAVAILABLE means starting, draining or a lost
+    rank: send it again.
     """
 
     def __init__(self, channel):
@@ -67,7 +68,8 @@ class InferenceStub:
 class InferenceServicer:
     """Text generation. Field names and meanings follow the OpenAI API; where it has none, the comment says what holds.
     Errors: INVALID_ARGUMENT names the rule and the value; NOT_FOUND an unknown model; RESOURCE_EXHAUSTED carries
-    `retry-after-ms` in the trailing metadata; UNAVAILABLE means starting, draining or a lost rank: send it again.
+    `retry-after-ms` in the trailing metadata, behind one empty chunk; UNAVAILABLE means starting, draining or a lost
+    rank: send it again.
     """
 
     def ChatCompletion(self, request, context):
@@ -144,7 +146,8 @@ def add_InferenceServicer_to_server(servicer, server):
 class Inference:
     """Text generation. Field names and meanings follow the OpenAI API; where it has none, the comment says what holds.
     Errors: INVALID_ARGUMENT names the rule and the value; NOT_FOUND an unknown model; RESOURCE_EXHAUSTED carries
-    `retry-after-ms` in the trailing metadata; UNAVAILABLE means starting, draining or a lost rank: send it again.
+    `retry-after-ms` in the trailing metadata, behind one empty chunk; UNAVAILABLE means starting, draining or a lost
+    rank: send it again.
     """
 
     @staticmethod

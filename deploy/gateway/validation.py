@@ -18,6 +18,10 @@ DEFAULT_COMPLETION_TOKENS = 16
 _MAX_BYTES_PER_TOKEN = 64
 
 
+class BodyTooLargeError(InvalidRequestError):
+    """The request is larger than any request is read; HTTP has a status of its own for it."""
+
+
 @dataclass(frozen=True)
 class ModelLimits:
     """What the served model can take."""
@@ -66,17 +70,22 @@ def check_messages(messages: Sequence[ChatMessage], limits: ModelLimits) -> None
 def check_text(field: str, text: str, limits: ModelLimits) -> None:
     """Refuses text that cannot fit the context before it costs a tokenization."""
     most = limits.max_model_len * _MAX_BYTES_PER_TOKEN
-    size = len(text.encode("utf-8", "surrogatepass"))
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"{field} must be valid Unicode, got a lone surrogate at {error.start}") from None
     if size > most:
         raise InvalidRequestError(
             f"{field} must be at most {most} bytes (a context of {limits.max_model_len} tokens), got {size}"
         )
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise InvalidRequestError(f"{field} must be valid Unicode, got a lone surrogate")
 
 
 def check_token_ids(ids: Sequence[int], limits: ModelLimits) -> None:
-    """Every id inside the vocabulary."""
+    """Every id inside the vocabulary, and no more of them than the context holds."""
+    if len(ids) > limits.max_model_len:
+        raise InvalidRequestError(
+            f"token_ids must hold at most {limits.max_model_len} ids (the context), got {len(ids)}"
+        )
     for index, token in enumerate(ids):
         if not 0 <= token < limits.vocab_size:
             raise InvalidRequestError(f"token_ids[{index}] must be 0 to {limits.vocab_size - 1}, got {token}")

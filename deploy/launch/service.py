@@ -9,7 +9,7 @@ from deploy.cli.progress import ServeUi
 from deploy.config import ShoalSettings
 from deploy.launch.application import drain_application, running_application
 from deploy.launch.ray_runtime import ray_runtime
-from deploy.launch.signals import StartInterrupted, StopSignals
+from deploy.launch.signals import StopSignals
 from deploy.launch.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,10 @@ def run_service(settings: ShoalSettings, ui: ServeUi) -> int:
                 stack.enter_context(running_application(settings, spec, ui))
                 ui.stage("passing a first token through every expert shard")
                 warm_up(grpc_address, spec)
-        except StartInterrupted:
+        except BaseException:
+            # Not only StartInterrupted: raised inside Ray's compiled code it may come out as another exception.
+            if not signals.raised:
+                raise
             log_event(logger, "start interrupted")
             return 0
         ui.ready(grpc_address, http_address, settings.model.name)

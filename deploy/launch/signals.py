@@ -43,6 +43,11 @@ class StopSignals:
         finally:
             self._starting = False
 
+    @property
+    def raised(self) -> bool:
+        """Whether a signal came."""
+        return self._event.is_set()
+
     def wait(self, timeout_s: float) -> bool:
         """Blocks for a signal; whether one came."""
         return self._event.wait(timeout_s)

@@ -26,7 +26,7 @@ _FAULTS = (
     ArithmeticError,
     AttributeError,
     RecursionError,
-    MemoryError,  # 'a' * 10**12
+    MemoryError,  # 'a' * 2**61
 )
 # What compiling one can raise: Jinja turns it into Python, which has limits of its own (a loose break, deep nesting).
 _COMPILE_FAULTS = (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError)

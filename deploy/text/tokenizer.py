@@ -58,8 +58,9 @@ class ChatTokenizer:
         tokenizer = _read_tokenizer(directory / _TOKENIZER)
         names = {key: name for key in _NAMED_TOKENS if (name := _token_text(config, key)) is not None}
         ids = {key: _token_id(config, key, name, tokenizer) for key, name in names.items()}
-        # Named tokens are special even where tokenizer.json does not mark them so.
-        tokenizer.add_special_tokens(list(names.values()))
+        # Named tokens are special even where tokenizer.json does not mark them so; where it does, its flags stay.
+        special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+        tokenizer.add_special_tokens([name for name in names.values() if name not in special])
         eos = [ids["eos_token"]] if "eos_token" in ids else []
         for file in ("generation_config.json", "config.json"):
             if (directory / file).exists():

@@ -62,7 +62,7 @@ def _ignored(name: str, config: ModelConfig) -> bool:
 
 def _source(directory: Path) -> str:
     """The file that says which tensors there are; as transformers does, one file goes before an index."""
-    if not directory.is_dir():
+    if not _exists(directory) or not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory; name one in Hugging Face layout")
     for name in (SINGLE_FILE, INDEX_FILE):
         if _exists(directory / name):

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 from cluster.request import FinishReason, TokenLogprob
-from deploy.gateway.service import Generation, GenerationEvent, Usage
-from deploy.text import ChatTokenizer
+from deploy.gateway.generation import Generation, GenerationEvent, Usage
+from deploy.gateway.service import Gateway
 
 Json: TypeAlias = Mapping[str, "Json"] | Sequence["Json"] | str | int | float | bool | None
 
@@ -28,12 +28,18 @@ def finish_reason(event: GenerationEvent) -> str | None:
     return None if event.finish_reason is None else _FINISH_REASONS[event.finish_reason]
 
 
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; OpenAI's value for a token that is too unlikely to say."""
+    return max(logprob, -9999.0)
+
+
 class CompletionAnswer:
     """Objects of /v1/completions."""
 
-    def __init__(self, generation: Generation, tokenizer: ChatTokenizer, logprobs: bool) -> None:
+    def __init__(self, generation: Generation, gateway: Gateway, logprobs: bool) -> None:
         self._generation = generation
-        self._tokenizer = tokenizer
+        self._model = gateway.model.name
+        self._tokenizer = gateway.tokenizer
         self._logprobs = logprobs
         self._offset = 0
 
@@ -61,7 +67,7 @@ class CompletionAnswer:
             "id": generation.id,
             "object": "text_completion",
             "created": generation.created,
-            "model": generation.model,
+            "model": self._model,
             "choices": choices,
         }
 
@@ -72,8 +78,8 @@ class CompletionAnswer:
             for event in events:
                 for token, logprob in zip(event.token_ids, event.logprobs, strict=False):
                     tokens.append(self._tokenizer.decode([token]))
-                    values.append(logprob.logprob)
-                    tops.append({self._tokenizer.decode([other]): value for other, value in logprob.top})
+                    values.append(_finite(logprob.logprob))
+                    tops.append({self._tokenizer.decode([other]): _finite(value) for other, value in logprob.top})
                     offsets.append(self._offset)
                     self._offset += len(tokens[-1])
             logprobs = {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
@@ -83,9 +89,10 @@ class CompletionAnswer:
 class ChatAnswer:
     """Objects of /v1/chat/completions."""
 
-    def __init__(self, generation: Generation, tokenizer: ChatTokenizer, logprobs: bool) -> None:
+    def __init__(self, generation: Generation, gateway: Gateway, logprobs: bool) -> None:
         self._generation = generation
-        self._tokenizer = tokenizer
+        self._model = gateway.model.name
+        self._tokenizer = gateway.tokenizer
         self._logprobs = logprobs
 
     def first(self) -> Json:
@@ -118,7 +125,7 @@ class ChatAnswer:
             "id": generation.id,
             "object": kind,
             "created": generation.created,
-            "model": generation.model,
+            "model": self._model,
             "choices": choices,
         }
 
@@ -139,4 +146,6 @@ class ChatAnswer:
 
     def _token(self, token: int, logprob: float) -> dict[str, Json]:
         text = self._tokenizer.decode([token])
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        # A token may hold part of a character only: no text, and so no bytes, stand for it.
+        whole = "\ufffd" not in text
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode()) if whole else None}

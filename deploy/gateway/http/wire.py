@@ -1,17 +1,48 @@
-"""Request and response bodies as the OpenAI API has them. Unknown fields are ignored, as OpenAI-compatible servers do."""
+"""Request bodies as the OpenAI API has them. Unknown fields are ignored, as OpenAI-compatible servers do."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+from pydantic_core import PydanticCustomError
 
 from deploy.gateway.validation import SamplingFields
 from deploy.text.messages import ChatMessage
 from model_shards.errors import InvalidRequestError
 
 
+def _rule(text: str) -> WrapValidator:
+    """One error for a field of several types, in place of one for each type."""
+
+    def validate(value: object, handler: ValidatorFunctionWrapHandler) -> object:
+        try:
+            return handler(value)
+        except ValidationError:
+            # Handed over as a value: Pydantic reads braces in a text as placeholders.
+            raise PydanticCustomError("rule", "{rule}", {"rule": text}) from None
+
+    return WrapValidator(validate)
+
+
+# A list of a million wrong entries has one error.
+_Texts = Annotated[list[str], Field(fail_fast=True)]
+_Ids = Annotated[list[int], Field(fail_fast=True)]
+_Stop = Annotated[str | _Texts | None, _rule("must be a string or a list of strings")]
+_Prompt = Annotated[
+    str | _Ids | _Texts | Annotated[list[_Ids], Field(fail_fast=True)],
+    _rule("must be a string, a list of token ids, or a list with one of either"),
+]
+
+
 class _Body(BaseModel):
-    # NaN and infinity are not JSON, but Python's parser takes them: let the rules name the value.
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=True)
+    # NaN and infinity are not JSON, but the parser takes them: let the rules name the value.
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=True)
 
 
 class StreamOptions(_Body):
@@ -27,7 +58,7 @@ class _SamplingBody(_Body):
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: _Stop = None
     ignore_eos: bool = False
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -57,7 +88,7 @@ class _SamplingBody(_Body):
 class CompletionBody(_SamplingBody):
     """POST /v1/completions."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: _Prompt
     logprobs: int | None = None
     echo: bool = False
 
@@ -72,6 +103,8 @@ class CompletionBody(_SamplingBody):
         prompt = self.prompt
         if isinstance(prompt, str):
             return prompt
+        if not prompt:
+            raise InvalidRequestError("prompt must hold at least one token, got an empty list")
         nested = [entry for entry in prompt if not isinstance(entry, int)]
         if not nested:
             return [entry for entry in prompt if isinstance(entry, int)]
@@ -91,7 +124,10 @@ class MessageBody(_Body):
     """One message."""
 
     role: str
-    content: str | list[TextPart]
+    content: Annotated[
+        str | Annotated[list[TextPart], Field(fail_fast=True)],
+        _rule("must be a string or a list of parts of type text"),
+    ]
 
     def message(self) -> ChatMessage:
         """The message with its parts joined."""
@@ -102,12 +138,14 @@ class MessageBody(_Body):
 class ChatBody(_SamplingBody):
     """POST /v1/chat/completions."""
 
-    messages: list[MessageBody] = Field(default_factory=list)
+    messages: Annotated[list[MessageBody], Field(fail_fast=True)] = Field(default_factory=list)
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
 
     def fields(self) -> SamplingFields:
         """The sampling part; max_completion_tokens is the newer name of max_tokens and wins."""
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequestError(f"top_logprobs needs logprobs to be true, got {self.top_logprobs}")
         most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return self._fields(most, (self.top_logprobs or 0) if self.logprobs else None)

@@ -1,0 +1,143 @@
+"""One accepted request: the engine's outputs become text and events, and its end is told exactly once."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Self
+
+from cluster.logs import log_event
+from cluster.request import FinishReason, GenerationRequest, StepOutput, TokenLogprob
+from deploy.gateway.engine_client import EngineClient
+from deploy.text import IncrementalDetokenizer
+from model_shards.errors import DeadlineError, UnavailableError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        """The sum of both."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True)
+class GenerationEvent:
+    """What one step adds to an answer; the last event has a finish reason and the usage."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class Generation:
+    """An accepted request. Iterating runs it; whoever got it closes it, iterated or not.
+
+    It ends exactly once, be it finished, failed, out of time or left by the client; `on_end` is called then. The
+    engine's stream is closed before that, which is what cancels the request there.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        detokenizer: IncrementalDetokenizer,
+        engine: EngineClient,
+        timeout_s: float,
+        on_end: Callable[[], None],
+    ) -> None:
+        self.id = request.request_id
+        self.created = int(time.time())  # seconds since 1970
+        self._request = request
+        self._detokenizer = detokenizer
+        self._engine = engine
+        self._timeout_s = timeout_s
+        self._deadline = asyncio.get_running_loop().time() + timeout_s
+        self._on_end = on_end
+        self._num_generated = 0
+        self._ended = False
+        self._events = self._run()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> GenerationEvent:
+        """Raises DeadlineError when time is up, UnavailableError when the engine is lost."""
+        return await anext(self._events)
+
+    async def aclose(self) -> None:
+        """Ends the request if it still runs."""
+        try:
+            await self._events.aclose()
+        finally:
+            self._end("left by the client")
+
+    async def _run(self) -> AsyncGenerator[GenerationEvent, None]:
+        try:
+            async with aclosing(self._engine.generate(self._request)) as outputs:
+                while (event := self._event(await self._next(outputs))).finish_reason is None:
+                    yield event
+            self._end(event.finish_reason.value)
+            yield event
+        except Exception as error:
+            self._end(type(error).__name__)
+            raise
+        finally:
+            self._end("left by the client")
+
+    async def _next(self, outputs: AsyncGenerator[StepOutput, None]) -> StepOutput:
+        late = DeadlineError(f"request {self.id} did not finish within {self._timeout_s:g} s")
+        # A timeout only cuts a wait short: where outputs wait for a slow consumer there is none to cut.
+        if asyncio.get_running_loop().time() >= self._deadline:
+            raise late
+        try:
+            async with asyncio.timeout_at(self._deadline) as scope:
+                return await anext(outputs)
+        except StopAsyncIteration:
+            raise UnavailableError(f"the engine lost request {self.id}; send it again") from None
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise late from None
+
+    def _event(self, output: StepOutput) -> GenerationEvent:
+        """One engine output as text; a stop string ends the answer as an end-of-sequence token does."""
+        if output.finish_reason is FinishReason.ERROR:
+            raise UnavailableError(output.error or "the engine ended the request with an error")
+        text, taken, stopped = "", 0, False
+        # One by one: an output may hold many tokens, and those behind a stop string are not part of the answer.
+        while taken < len(output.token_ids) and not stopped:
+            delta = self._detokenizer.push(output.token_ids[taken : taken + 1])
+            text, taken, stopped = text + delta.text, taken + 1, delta.stopped
+        reason = output.finish_reason
+        if stopped or reason is not None:
+            last = self._detokenizer.finish()
+            text += last.text
+            reason = FinishReason.STOP if stopped or last.stopped else reason
+        self._num_generated += taken
+        usage = None if reason is None else Usage(len(self._request.prompt_token_ids), self._num_generated)
+        return GenerationEvent(text, output.token_ids[:taken], reason, usage, output.logprobs[:taken])
+
+    def _end(self, ending: str) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        log_event(
+            logger,
+            "request ended",
+            request_id=self.id,
+            ending=ending,
+            prompt_tokens=len(self._request.prompt_token_ids),
+            completion_tokens=self._num_generated,
+        )
+        self._on_end()

@@ -1,0 +1,94 @@
+"""Sends an answer, whole or as server-sent events. A client that leaves ends its generation."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+
+from fastapi.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from deploy.gateway.generation import Generation, GenerationEvent
+from deploy.gateway.http.answers import ChatAnswer, CompletionAnswer, Json
+from deploy.gateway.http.errors import error_object
+from deploy.gateway.status import status_of
+
+Answer = ChatAnswer | CompletionAnswer
+_EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+
+
+class AnswerResponse(Response):
+    """Runs a generation and sends its answer; closes the generation however that ends.
+
+    What goes wrong before the first event leaves as an exception, so that it gets an HTTP status of its own.
+    """
+
+    def __init__(self, generation: Generation, answer: Answer) -> None:
+        super().__init__()
+        self._generation = generation
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._generation):
+            await unless_client_leaves(receive, self._respond(scope, receive, send))
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        events = [event async for event in self._generation]
+        await JSONResponse(self._answer.whole(events))(scope, receive, send)
+
+
+class StreamResponse(AnswerResponse):
+    """The same as server-sent events."""
+
+    def __init__(self, generation: Generation, answer: Answer, include_usage: bool) -> None:
+        super().__init__(generation, answer)
+        self._include_usage = include_usage
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        first = await anext(self._generation)
+        await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
+        async with aclosing(self._lines(first)) as lines:
+            async for line in lines:
+                await send({"type": "http.response.body", "body": line, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _lines(self, event: GenerationEvent) -> AsyncGenerator[bytes, None]:
+        """`[DONE]` comes last; an error is an event too, as the status is sent already."""
+        opening = self._answer.first()
+        if opening is not None:
+            yield _data(opening)
+        try:
+            yield _data(self._answer.chunk(event))
+            async for event in self._generation:
+                yield _data(self._answer.chunk(event))
+            if self._include_usage:
+                yield _data(self._answer.usage(event))
+        except Exception as error:
+            yield _data(error_object(status_of(error, self._generation.id)))
+        yield b"data: [DONE]\n\n"
+
+
+async def unless_client_leaves(receive: Receive, work: Coroutine[None, None, None]) -> None:
+    """Runs `work` to its end, or cancels it when the client closes the connection; raises what it raises."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_client_left(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            # An OSError is how a server tells that the connection is gone.
+            with contextlib.suppress(OSError):
+                working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _client_left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        continue
+
+
+def _data(value: Json) -> bytes:
+    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()

@@ -1,0 +1,220 @@
+"""How a service starts, refuses to start, survives a killed rank, and ends; nothing is left behind."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import psutil
+import pytest
+from safetensors.torch import load_file, save_file
+
+from deploy.gateway import inference_pb2 as pb
+from deploy.gateway.inference_pb2_grpc import InferenceStub
+from deploy.models import default_model_directory
+from tests.serving import running_service, serve_command
+
+pytestmark = [pytest.mark.service, pytest.mark.timeout(300)]
+
+START_REFUSED_S = 60.0
+RAY_AGENTS = ("ray::DashboardA", "ray::RuntimeEnv")  # the kernel cuts names to 15 bytes
+
+
+def complete(address, count=8, timeout=60.0, on_chunk=lambda: None):
+    request = pb.CompletionRequest(
+        token_ids=pb.TokenIds(ids=[5, 6, 7]), max_tokens=count, temperature=0.0, ignore_eos=True
+    )
+    tokens = []
+    with grpc.insecure_channel(address) as channel:
+        for chunk in InferenceStub(channel).Completion(request, timeout=timeout):
+            tokens.extend(chunk.token_ids)
+            on_chunk()
+    return tokens
+
+
+def wait_gone(processes, timeout=20.0):
+    _, alive = psutil.wait_procs(processes, timeout)
+    return [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def ranks_of(service, name):
+    return [process for process in service.descendants() if name in " ".join(process.cmdline())]
+
+
+# --- refused ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A copy of the package's checkpoint to spoil."""
+    directory = tmp_path / "model"
+    shutil.copytree(default_model_directory(), directory)
+    return directory
+
+
+def refused(*arguments):
+    """What `shoal serve` says when it ends before it is ready; its exit status must be the user's."""
+    ended = subprocess.run(
+        serve_command(*arguments), capture_output=True, text=True, timeout=START_REFUSED_S, check=False
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert ended.stdout == ""
+    return ended.stderr
+
+
+def test_a_truncated_file_is_named(checkpoint):
+    weights = checkpoint / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 1000)
+    said = refused("--model", str(checkpoint))
+    assert str(weights) in said
+    assert "truncated" in said
+
+
+def test_a_missing_file_is_named(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    assert "model.safetensors" in refused("--model", str(checkpoint))
+
+
+def test_a_wrong_shape_is_named_with_both_shapes(checkpoint):
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.layers.2.mlp.experts.3.up_proj.weight"] = weights["model.layers.2.mlp.experts.3.up_proj.weight"][:60]
+    save_file(weights, checkpoint / "model.safetensors")
+    said = refused("--model", str(checkpoint))
+    for word in ("model.layers.2.mlp.experts.3.up_proj.weight", "[64, 192]", "[60, 192]", "model.safetensors"):
+        assert word in said
+
+
+def test_an_unknown_architecture_is_named(checkpoint):
+    config = checkpoint / "config.json"
+    config.write_text(config.read_text().replace("DeepseekV2ForCausalLM", "LlamaForCausalLM"))
+    said = refused("--model", str(checkpoint))
+    assert "LlamaForCausalLM" in said
+    assert "DeepseekV2ForCausalLM" in said
+
+
+def test_a_port_in_use_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = refused("--http-port", str(port))
+    assert f"server.http_port {port}" in said
+    assert "--http-port" in said
+
+
+def test_more_ranks_than_gpus_are_refused_with_the_numbers():
+    said = refused("--device", "cuda", "--attention-replicas", "300", "--expert-shards", "16")
+    assert "316 ranks" in said
+    assert "this machine has" in said
+
+
+def test_too_little_memory_is_refused_with_the_numbers():
+    said = refused("--set", "engine.kv_cache_memory_gb=1000000.0")
+    assert "GiB" in said
+    assert "free" in said
+
+
+# --- started and stopped ------------------------------------------------------------------------------------------
+
+
+def test_two_services_side_by_side_and_nothing_left_after_either():
+    with running_service("--expert-shards", "1") as first, running_service("--expert-shards", "1") as second:
+        assert {first.grpc, first.http}.isdisjoint({second.grpc, second.http})
+        assert complete(first.grpc) == complete(second.grpc)
+        processes = second.descendants()
+        assert second.stop() == 0
+        assert wait_gone(processes) == []
+        assert len(complete(first.grpc)) == 8
+        processes = first.descendants()
+        # As Ctrl-C on a terminal does: to every process of the group.
+        os.killpg(first.process.pid, signal.SIGINT)
+        assert first.process.wait(60.0) == 0
+        assert wait_gone(processes) == []
+
+
+def test_a_stop_lets_running_requests_end_and_a_second_signal_does_not_wait():
+    with running_service() as service:
+        processes = service.descendants()
+        under_way, answers = threading.Event(), []
+        caller = threading.Thread(target=lambda: answers.append(complete(service.grpc, 150, on_chunk=under_way.set)))
+        caller.start()
+        assert under_way.wait(30.0)
+        assert service.stop() == 0
+        caller.join(30.0)
+        assert [len(tokens) for tokens in answers] == [150]
+        assert wait_gone(processes) == []
+
+
+def test_a_second_signal_ends_it_at_once():
+    with running_service() as service:
+        processes = service.descendants()
+        under_way = threading.Event()
+
+        def call():
+            with pytest.raises(grpc.RpcError):
+                complete(service.grpc, 8000, on_chunk=under_way.set)
+
+        caller = threading.Thread(target=call)
+        caller.start()
+        assert under_way.wait(30.0)
+        service.process.send_signal(signal.SIGTERM)
+        time.sleep(1.0)
+        assert service.process.poll() is None, "it must wait for the running request"
+        begun = time.monotonic()
+        assert service.stop() == 1
+        assert time.monotonic() - begun < 5.0
+        caller.join(30.0)
+        assert wait_gone(processes) == []
+
+
+def test_a_signal_during_the_start_stops_what_stands():
+    process = subprocess.Popen(
+        serve_command(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        for line in process.stderr:
+            if "starting the cell" in line:
+                break
+        time.sleep(3.0)
+        processes = psutil.Process(process.pid).children(recursive=True)
+        assert processes, "Ray must have been started"
+        process.send_signal(signal.SIGTERM)
+        stdout, _ = process.communicate(timeout=60.0)
+        assert process.returncode == 0
+        assert stdout == "", "it must never have said that it is ready"
+        assert wait_gone(processes) == []
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+# --- killed -------------------------------------------------------------------------------------------------------
+
+
+def test_killed_ranks_are_a_pause_not_a_loss():
+    """kill -9 of an expert shard, then of the coordinator, each in the middle of a request."""
+    with running_service() as service:
+        expected = complete(service.grpc, 100)
+        with ThreadPoolExecutor(1) as pool:
+            for name in ("ray::ExpertRank", "ray::CoordinatorRank", "ray::ExpertRank"):
+                under_way = threading.Event()
+                answer = pool.submit(complete, service.grpc, 100, 120.0, under_way.set)
+                assert under_way.wait(30.0)
+                ranks_of(service, name)[0].kill()
+                assert answer.result(150.0) == expected
+        assert service.stop() == 0
+
+
+def test_no_process_outlives_a_killed_shoal_serve():
+    with running_service("--expert-shards", "1") as service:
+        # Ray's own two agents look for their raylet once a minute, and end then.
+        processes = [process for process in service.descendants() if not process.name().startswith(RAY_AGENTS)]
+        assert len(processes) > 4
+        service.process.kill()
+        service.process.wait(10.0)
+        assert wait_gone(processes, 30.0) == []

@@ -1,0 +1,229 @@
+"""The HTTP side as OpenAI's own client sees it."""
+
+import contextlib
+
+import httpx
+import openai
+import pytest
+
+from cluster.request import FinishReason
+from deploy.gateway.http import create_http_app
+from model_shards.errors import UnavailableError
+from tests.scripted_engine import (
+    MAX_MODEL_LEN,
+    MODEL,
+    ScriptedEngine,
+    make_gateway,
+    on_event_loop,
+    steps_of,
+    tokenizer,
+    tokens_of,
+)
+
+ANSWER = "Whales are large."
+HELLO = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+TOP = ((tokens_of(" large")[0], -0.5), (tokens_of(" are")[0], float("-inf")))
+
+
+@contextlib.asynccontextmanager
+async def openai_client(engine, **limits):
+    gateway = make_gateway(engine, **limits)
+    transport = httpx.ASGITransport(create_http_app(lambda: gateway))
+    async with (
+        httpx.AsyncClient(transport=transport) as http,
+        openai.AsyncOpenAI(base_url="http://gateway/v1", api_key="none", http_client=http, max_retries=0) as client,
+    ):
+        yield client
+    assert (engine.num_open, gateway.num_running) == (0, 0)
+
+
+@on_event_loop
+async def test_a_chat_is_answered_whole():
+    engine = ScriptedEngine(steps_of(ANSWER), FinishReason.STOP)
+    async with openai_client(engine) as client:
+        answer = await client.chat.completions.create(model=MODEL, messages=HELLO)
+    (choice,) = answer.choices
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", ANSWER, "stop")
+    assert choice.logprobs is None
+    assert answer.object == "chat.completion"
+    assert answer.model == MODEL
+    assert answer.id == engine.requests[0].request_id
+    assert answer.usage.prompt_tokens == len(engine.requests[0].prompt_token_ids)
+    assert answer.usage.completion_tokens == len(tokens_of(ANSWER))
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+@on_event_loop
+async def test_a_chat_is_streamed_with_the_role_first_and_the_usage_last():
+    async with openai_client(ScriptedEngine(steps_of(ANSWER))) as client:
+        stream = await client.chat.completions.create(
+            model=MODEL, messages=HELLO, stream=True, stream_options={"include_usage": True}
+        )
+        chunks = [chunk async for chunk in stream]
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert chunks[0].choices[0].delta.role == "assistant"
+    *told, last = chunks
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in told) == ANSWER
+    assert [chunk.choices[0].finish_reason for chunk in told] == [None] * (len(told) - 1) + ["length"]
+    assert last.choices == []
+    assert last.usage.completion_tokens == len(tokens_of(ANSWER))
+    assert all(chunk.usage is None for chunk in told)
+
+
+@on_event_loop
+async def test_a_stream_has_no_usage_unless_asked():
+    async with openai_client(ScriptedEngine()) as client:
+        stream = await client.completions.create(model=MODEL, prompt="Hello", stream=True)
+        chunks = [chunk async for chunk in stream]
+    assert all(chunk.usage is None and len(chunk.choices) == 1 for chunk in chunks)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == ANSWER
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("prompt", ["Hello", ["Hello"], [9, 8, 7], [[9, 8, 7]]])
+@on_event_loop
+async def test_a_completion_takes_text_or_token_ids_alone_or_in_a_list(prompt):
+    engine = ScriptedEngine()
+    async with openai_client(engine) as client:
+        answer = await client.completions.create(model=MODEL, prompt=prompt)
+    assert (answer.object, answer.choices[0].text) == ("text_completion", ANSWER)
+    text = "Hello" in prompt
+    assert engine.requests[0].prompt_token_ids == (tuple(tokenizer().encode("Hello")) if text else (9, 8, 7))
+
+
+@pytest.mark.parametrize("stop", ["are", ["never", "are"]])
+@on_event_loop
+async def test_a_stop_string_ends_the_answer(stop):
+    async with openai_client(ScriptedEngine(steps_of(ANSWER), holds=True)) as client:
+        answer = await client.chat.completions.create(model=MODEL, messages=HELLO, stop=stop)
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("Whales ", "stop")
+
+
+@pytest.mark.parametrize(
+    ("fields", "max_tokens"),
+    [
+        ({"max_tokens": 5}, 5),
+        ({"max_completion_tokens": 6}, 6),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, 6),
+        ({}, None),
+    ],
+)
+@on_event_loop
+async def test_max_completion_tokens_is_the_newer_name_of_max_tokens(fields, max_tokens):
+    engine = ScriptedEngine()
+    async with openai_client(engine) as client:
+        await client.chat.completions.create(model=MODEL, messages=HELLO, **fields)
+    (request,) = engine.requests
+    assert request.max_tokens == (max_tokens or MAX_MODEL_LEN - len(request.prompt_token_ids))
+
+
+@on_event_loop
+async def test_sampling_fields_reach_the_engine():
+    engine = ScriptedEngine()
+    async with openai_client(engine) as client:
+        await client.chat.completions.create(
+            model=MODEL,
+            messages=HELLO,
+            temperature=0,
+            top_p=0.5,
+            seed=3,
+            presence_penalty=1,
+            frequency_penalty=-1,
+            extra_body={"top_k": 4, "repetition_penalty": 1.5, "ignore_eos": True, "unknown_field": 1},
+        )
+    (request,) = engine.requests
+    sampling = request.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (0.0, 0.5, 4, 3)
+    assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty) == (1.0, -1.0, 1.5)
+    assert request.ignore_eos
+
+
+@on_event_loop
+async def test_content_may_come_in_text_parts():
+    engine = ScriptedEngine()
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    async with openai_client(engine) as client:
+        for content in ("Hello", parts):
+            await client.chat.completions.create(model="", messages=[{"role": "user", "content": content}])
+    assert engine.requests[0].prompt_token_ids == engine.requests[1].prompt_token_ids
+
+
+@on_event_loop
+async def test_chat_log_probabilities_have_one_entry_a_token_and_no_infinity():
+    async with openai_client(ScriptedEngine(steps_of(ANSWER), top=TOP)) as client:
+        answer = await client.chat.completions.create(model=MODEL, messages=HELLO, logprobs=True, top_logprobs=2)
+    entries = answer.choices[0].logprobs.content
+    assert "".join(entry.token for entry in entries) == ANSWER
+    assert b"".join(bytes(entry.bytes) for entry in entries).decode() == ANSWER
+    assert all(entry.logprob == -0.5 for entry in entries)
+    assert [(top.token, top.logprob) for top in entries[0].top_logprobs] == [(" large", -0.5), (" are", -9999.0)]
+
+
+@on_event_loop
+async def test_a_token_that_is_no_whole_character_has_no_bytes():
+    async with openai_client(ScriptedEngine(steps_of("🐋"), top=())) as client:
+        answer = await client.chat.completions.create(model=MODEL, messages=HELLO, logprobs=True)
+    assert len(tokens_of("🐋")) > 1
+    assert [entry.bytes for entry in answer.choices[0].logprobs.content] == [None] * len(tokens_of("🐋"))
+
+
+@on_event_loop
+async def test_completion_log_probabilities_are_the_same_streamed_and_whole():
+    async with openai_client(ScriptedEngine(steps_of(ANSWER), top=TOP)) as client:
+        whole = (await client.completions.create(model=MODEL, prompt="Hello", logprobs=2)).choices[0].logprobs
+        stream = await client.completions.create(model=MODEL, prompt="Hello", logprobs=2, stream=True)
+        parts = [chunk.choices[0].logprobs async for chunk in stream]
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert [entry for part in parts for entry in getattr(part, name)] == getattr(whole, name)
+    assert "".join(whole.tokens) == ANSWER
+    assert [ANSWER[at:].startswith(token) for at, token in zip(whole.text_offset, whole.tokens, strict=True)]
+    assert whole.top_logprobs[0] == {" large": -0.5, " are": -9999.0}
+
+
+@on_event_loop
+async def test_the_served_model_is_listed():
+    async with openai_client(ScriptedEngine()) as client:
+        models = [model async for model in client.models.list()]
+    assert [model.id for model in models] == [MODEL]
+    assert models[0].max_model_len == MAX_MODEL_LEN
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@on_event_loop
+async def test_what_fails_before_the_first_token_has_its_own_status(stream):
+    engine = ScriptedEngine(steps_of("x"), error=UnavailableError("no replica"))
+    async with openai_client(engine) as client:
+        with pytest.raises(openai.InternalServerError) as failure:
+            await client.chat.completions.create(model=MODEL, messages=HELLO, stream=stream)
+    assert failure.value.status_code == 503
+    assert failure.value.body["message"] == "no replica"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"), [(UnavailableError("a rank was lost"), "^a rank was lost$"), (ValueError("x"), "internal")]
+)
+@on_event_loop
+async def test_what_fails_in_a_stream_reaches_the_client_as_an_error(error, message):
+    async with openai_client(ScriptedEngine(steps_of(ANSWER), error=error)) as client:
+        stream = await client.chat.completions.create(model=MODEL, messages=HELLO, stream=True)
+        with pytest.raises(openai.APIError, match=message):
+            [chunk async for chunk in stream]
+
+
+@on_event_loop
+async def test_a_full_gateway_is_a_rate_limit_with_a_retry_delay():
+    engine = ScriptedEngine()
+    async with openai_client(engine, max_requests=0) as client:
+        with pytest.raises(openai.RateLimitError) as refusal:
+            await client.chat.completions.create(model=MODEL, messages=HELLO)
+    assert refusal.value.response.headers["retry-after"] == "1"
+    assert engine.requests == []
+
+
+@on_event_loop
+async def test_a_request_out_of_time_is_a_timeout():
+    async with openai_client(ScriptedEngine(steps_of("x"), holds=True), timeout_s=0.02) as client:
+        with pytest.raises(openai.InternalServerError) as failure:
+            await client.completions.create(model=MODEL, prompt="Hello")
+    assert failure.value.status_code == 504
