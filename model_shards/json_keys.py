@@ -29,7 +29,7 @@ class JsonKeys:
             raise CheckpointError(f"{path} is missing") from None
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-        except ValueError as error:  # invalid JSON or invalid UTF-8
+        except (ValueError, RecursionError) as error:  # invalid JSON or invalid UTF-8
             raise CheckpointError(f"{path} is not valid JSON: {error}") from error
         if not isinstance(values, dict):
             raise CheckpointError(f"{path} must hold a JSON object, got {type(values).__name__}")
