@@ -1,74 +1,26 @@
 """Whole cells of plain processes: greedy tokens equal transformers', whatever the topology and the scheduling."""
 
 import dataclasses
-import random
 
 import pytest
 
 from cluster.cell import Cell
-from cluster.limits import EngineLimits
 from cluster.request import FinishReason, GenerationRequest
-from cluster.spec import CellSpec
-from cluster.topology import Topology
 from model_shards.errors import UnavailableError
-from model_shards.sampling import SamplingParams
-from tests.reference import hf_greedy, make_hf_config, random_hf_model, save_checkpoint
-
-NUM_PROMPTS = 16
-NUM_TOKENS = 64
-LIMITS = EngineLimits(
-    max_model_len=256,
-    max_num_seqs=32,
-    max_num_batched_tokens=128,
-    block_size=16,
-    num_blocks=256,
-    num_micro_batches=1,
+from tests.cells import (
+    GREEDY,
+    LIMITS,
+    assert_equal_to_transformers,
+    assert_greedy_up_to_rounding,
+    make_expected,
+    requests_of,
+    spec_of,
 )
-GREEDY = SamplingParams(temperature=0.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Expected:
-    directory: str
-    prompts: list[list[int]]
-    tokens: list[list[int]]
 
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
-    """A checkpoint with every branch of the big model, 16 prompts, and what transformers says to them."""
-    directory = tmp_path_factory.mktemp("checkpoint")
-    model = random_hf_model(make_hf_config(), seed=7)
-    save_checkpoint(model, directory)
-    draw = random.Random(7)
-    vocab = model.config.vocab_size
-    prompts = [[draw.randrange(vocab) for _ in range(draw.randint(1, 60))] for _ in range(NUM_PROMPTS)]
-    tokens = [hf_greedy(model, prompt, NUM_TOKENS) for prompt in prompts]
-    return Expected(str(directory), prompts, tokens)
-
-
-def spec_of(expected, num_attention, num_expert, **limits):
-    return CellSpec(
-        model_directory=expected.directory,
-        topology=Topology(num_attention, num_expert),
-        device="cpu",
-        dtype="float32",
-        limits=dataclasses.replace(LIMITS, **limits),
-        exchange_timeout_s=30.0,
-        log_level="WARNING",
-    )
-
-
-def requests_of(expected):
-    return [
-        GenerationRequest(f"r{index}", tuple(prompt), NUM_TOKENS, GREEDY, ignore_eos=True)
-        for index, prompt in enumerate(expected.prompts)
-    ]
-
-
-def assert_equal_to_transformers(expected, tokens):
-    for index, wanted in enumerate(expected.tokens):
-        assert list(tokens[f"r{index}"]) == wanted, f"prompt {index}"
+    return make_expected(tmp_path_factory.mktemp("checkpoint"), seed=7)
 
 
 @pytest.mark.parametrize(
@@ -92,8 +44,15 @@ def assert_equal_to_transformers(expected, tokens):
     ],
 )
 def test_greedy_tokens_of_16_concurrent_prompts_equal_transformers(expected, num_attention, num_expert, limits):
-    with Cell(spec_of(expected, num_attention, num_expert, **limits)) as cell:
+    spec = spec_of(expected, num_attention, num_expert, limits=dataclasses.replace(LIMITS, **limits))
+    with Cell(spec) as cell:
         assert_equal_to_transformers(expected, cell.generate(requests_of(expected), timeout_s=60.0))
+
+
+def test_bf16_tokens_are_greedy_up_to_rounding(expected):
+    with Cell(spec_of(expected, 2, 3, dtype="bfloat16")) as cell:
+        tokens = cell.generate(requests_of(expected), timeout_s=60.0)
+    assert_greedy_up_to_rounding(expected, tokens)
 
 
 def test_an_epoch_change_under_way_neither_loses_nor_doubles_nor_changes_a_token(expected):

@@ -1,6 +1,5 @@
 """Greedy tokens over gRPC through the running service equal transformers', on every topology."""
 
-import random
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -10,13 +9,11 @@ import yaml
 from deploy.gateway import inference_pb2 as pb
 from deploy.gateway.inference_pb2_grpc import InferenceStub
 from deploy.models import default_model_directory
-from tests.reference import hf_greedy, make_hf_config, random_hf_model, save_checkpoint
+from tests.cells import NUM_PROMPTS, NUM_TOKENS, make_expected
 from tests.serving import running_service
 
 pytestmark = [pytest.mark.service, pytest.mark.timeout(600)]
 
-NUM_PROMPTS = 16
-NUM_TOKENS = 64
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -27,11 +24,8 @@ def checkpoint(tmp_path_factory):
     tokenizer = default_model_directory()
     for name in TOKENIZER_FILES:
         (directory / name).write_bytes((tokenizer / name).read_bytes())
-    model = random_hf_model(make_hf_config(vocab_size=8192), seed=11)
-    save_checkpoint(model, directory)
-    draw = random.Random(11)
-    prompts = [[draw.randrange(8192) for _ in range(draw.randint(1, 60))] for _ in range(NUM_PROMPTS)]
-    return directory, prompts, [hf_greedy(model, prompt, NUM_TOKENS) for prompt in prompts]
+    expected = make_expected(directory, seed=11, vocab_size=8192)
+    return directory, expected.prompts, expected.tokens
 
 
 def complete(stub, prompt):
