@@ -1,4 +1,4 @@
-"""What the tests of whole cells share: a checkpoint with every branch, 16 prompts, and transformers' answers to them."""
+"""What the tests of whole cells share: a checkpoint with every branch, 16 prompts, and what transformers answers."""
 
 import dataclasses
 import random

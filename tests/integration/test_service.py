@@ -4,6 +4,9 @@ import contextlib
 import json
 import math
 import random
+import socket
+import subprocess
+import sys
 import time
 
 import grpc
@@ -300,23 +303,34 @@ def test_requests_of_every_kind_at_once_end_as_they_would_alone(stub, reference)
         assert [token for chunk in stream for token in chunk.token_ids] == hf_greedy(model, prompt, 16)
 
 
+RANKS = ("ray::ExpertRank", "ray::CoordinatorRank", "ray::ServeReplica")
+BARE_RANKS = ("ray::Idle", "ray::ServeReplica")
+
+
+def processes_of(pid, names):
+    """The process and those below it that bear one of the names."""
+    root = psutil.Process(pid)
+    return [root, *(p for p in root.children(recursive=True) if " ".join(p.cmdline()).startswith(names))]
+
+
+def spent(processes):
+    times = [process.cpu_times() for process in processes]
+    return sum(entry.user + entry.system for entry in times)
+
+
 def test_an_idle_cell_costs_nothing(service):
-    """Under 5 % of one core, of all processes of the cell together: Ray's own share of them is counted in."""
-    ranks = ("ray::ExpertRank", "ray::CoordinatorRank", "ray::ServeReplica")
-    processes = [
-        process
-        for process in service.descendants()
-        if any(name in " ".join(process.cmdline()) or name in process.name() for name in ranks)
-    ]
-    processes.append(psutil.Process(service.process.pid))
-    assert len(processes) == 6, "coordinator, two experts, attention replica, gateway, shoal serve"
-    time.sleep(10.0)
-
-    def spent():
-        times = [process.cpu_times() for process in processes]
-        return sum(entry.user + entry.system for entry in times)
-
-    before, begun = spent(), time.monotonic()
-    time.sleep(10.0)
-    share = (spent() - before) / (time.monotonic() - begun)
+    """Under 5 % of one core beyond what Ray itself uses: as many actors and replicas that do nothing, beside it."""
+    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
+        ports = [str(taken.getsockname()[1]) for taken in (first, second)]
+    command = [sys.executable, "-m", "tests.bare_ray", *ports]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as bare:
+        assert bare.stdout.readline() == "ready\n"
+        measured = [processes_of(service.process.pid, RANKS), processes_of(bare.pid, BARE_RANKS)]
+        assert [len(processes) for processes in measured] == [6, 6]
+        time.sleep(10.0)
+        before, begun = [spent(processes) for processes in measured], time.monotonic()
+        time.sleep(15.0)
+        cell, ray = [spent(processes) - old for processes, old in zip(measured, before, strict=True)]
+        share = (cell - ray) / (time.monotonic() - begun)
+        bare.communicate(timeout=60.0)
     assert share < 0.05
