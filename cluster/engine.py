@@ -84,10 +84,6 @@ class Engine:
             raise InvalidRequestError(f"request id {request.request_id} is already running")
         sequence = Sequence(request)
         self._sequences[request.request_id] = sequence
-        if has_penalty(request.sampling):
-            self._statistics[sequence] = TokenStatistics(
-                self._vocab_size, request.prompt_token_ids, request.output_token_ids, self._device
-            )
         self._scheduler.add(sequence)
 
     def cancel(self, request_id: str) -> None:
@@ -128,13 +124,15 @@ class Engine:
 
         Raises EpochAbortedError when an exchange failed; the step may then be abandoned and scheduled again.
         """
+        # Outside inference mode: what a row keeps from step to step is changed outside it, too.
+        rows = [self._row(sequence) for sequence in step.sampled]
         with torch.inference_mode():
             steps = [
                 self._model.forward_steps(batch, self._kv_cache, experts)
                 for batch, experts in zip(step.micro_batches, routed, strict=True)
             ]
             logits = torch.cat(run_micro_batches(steps))  # [R, V]
-            return SampledStep(sample(logits, [self._row(sequence) for sequence in step.sampled]))
+            return SampledStep(sample(logits, rows))
 
     def commit(self, step: ScheduledStep, sampled: SampledStep) -> list[StepOutput]:
         """Makes the step's result final: one output per sequence that got a token and was not cancelled meanwhile."""
@@ -177,6 +175,11 @@ class Engine:
         assert self._in_flight is not None or not self._cancelled, "a cancelled sequence outlived its step"
 
     def _row(self, sequence: Sequence) -> SamplingRow:
+        if sequence not in self._statistics and has_penalty(sequence.request.sampling):
+            # Not before its first sample: a waiting request must not take device memory.
+            prompt = sequence.request.prompt_token_ids
+            output = sequence.token_ids[len(prompt) :]
+            self._statistics[sequence] = TokenStatistics(self._vocab_size, prompt, output, self._device)
         return SamplingRow(
             sequence.request.sampling, sequence.seed, sequence.num_tokens, self._statistics.get(sequence)
         )

@@ -21,7 +21,6 @@ _GIB = 2**30
 # take between this check and the bind, and above the ports that Ray gives to its workers (10002 to 19999).
 _DRAWN_PORTS = range(20000, 32768)
 _DRAWS = 64
-_CGROUP = Path("/sys/fs/cgroup")
 _GPU_QUERY = "import torch\nfor i in range(torch.cuda.device_count()): print(torch.cuda.mem_get_info(i)[0])"
 _GPU_QUERY_S = 120.0
 
@@ -142,22 +141,13 @@ def cell_needs(settings: ShoalSettings) -> CellNeeds:
 
 def inspect_machine(device: str) -> Machine:
     """Free memory now, within the container's limit; of GPUs too when `device` is cuda."""
+    from model_shards.weights import container_memory
+
     memory = psutil.virtual_memory().available
-    limit = _container_memory(_CGROUP)
+    limit = container_memory()
     if limit is not None:
         memory = min(memory, limit)
     return Machine(memory, _free_gpu_memory() if device == "cuda" else ())
-
-
-def _container_memory(cgroup: Path) -> int | None:
-    """Bytes left under the memory limit of cgroup v2; None without one."""
-    try:
-        limit = (cgroup / "memory.max").read_text().strip()
-        used = int((cgroup / "memory.current").read_text())
-    except FileNotFoundError:
-        # The root group has no limit, and cgroup v1 no such file.
-        return None
-    return None if limit == "max" else max(0, int(limit) - used)
 
 
 def _free_gpu_memory() -> tuple[int, ...]:

@@ -117,7 +117,7 @@ def load_model_config(directory: Path) -> ModelConfig:
         norm_topk_prob=keys.flag("norm_topk_prob"),
         first_k_dense_replace=keys.count("first_k_dense_replace", 0),
         moe_layer_freq=keys.positive("moe_layer_freq", 1),
-        rms_norm_eps=keys.number("rms_norm_eps", 1e-6),
+        rms_norm_eps=_read_epsilon(keys),
         max_position_embeddings=keys.positive("max_position_embeddings", 2048),
         rope=_read_rope(keys),
         attention_bias=keys.flag("attention_bias"),
@@ -165,6 +165,13 @@ def _check_shape(keys: JsonKeys, config: ModelConfig) -> None:
         raise keys.error("num_experts_per_tok", f"must be at most the {reachable} experts that a token may choose from")
 
 
+def _read_epsilon(keys: JsonKeys) -> float:
+    epsilon = keys.number("rms_norm_eps", 1e-6)
+    if epsilon < 0:
+        raise keys.error("rms_norm_eps", "must be 0 or above")
+    return epsilon
+
+
 def _read_eos(keys: JsonKeys, generation_config: Path) -> tuple[int, ...]:
     """Every token that ends a generation, config.json's first; transformers' default is 2."""
     eos = keys.tokens("eos_token_id", (2,))
@@ -174,12 +181,19 @@ def _read_eos(keys: JsonKeys, generation_config: Path) -> tuple[int, ...]:
 
 
 def _read_rope(keys: JsonKeys) -> RopeConfig:
-    """`rope_parameters` holds the base itself; beside `rope_scaling` it is the top-level `rope_theta`."""
-    spelling = "rope_parameters" if keys.raw("rope_parameters") is not None else "rope_scaling"
-    rope = keys.section(spelling)
+    """Either spelling; `rope_parameters` may hold the base itself, `rope_scaling` stands beside a `rope_theta`."""
+    spelled = {name: keys.section(name) for name in ("rope_parameters", "rope_scaling")}
     theta = keys.number("rope_theta", 10000.0)
-    if rope is None:
-        return RopeConfig(theta, None)
+    read = [_read_rope_section(section, theta) for section in spelled.values() if section is not None]
+    if len(read) == 2 and read[0] != read[1]:
+        raise keys.error("rope_scaling", "must say the same as rope_parameters when both are given")
+    rope = read[0] if read else RopeConfig(theta, None)
+    if rope.theta <= 1:
+        raise keys.error("rope_theta", "must be above 1")
+    return rope
+
+
+def _read_rope_section(rope: JsonKeys, theta: float) -> RopeConfig:
     theta = rope.number("rope_theta", theta)
     kind = "rope_type" if rope.raw("rope_type") is not None else "type"
     if rope.choice(kind, ("default", "yarn")) == "default":

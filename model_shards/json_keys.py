@@ -90,9 +90,15 @@ class JsonKeys:
         value = self.raw(key)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.error(key, "must be a finite number")
-        return float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # an integer of more than 308 digits
+            number = math.inf
+        if not math.isfinite(number):
+            raise self.error(key, "must be a finite number")
+        return number
 
     def flag(self, key: str) -> bool:
         """A boolean, false by default."""

@@ -7,7 +7,7 @@ the vocabulary. The draw is a pure function of (seed, position), so a row's toke
 Log probabilities are those of the model itself: log-softmax of the raw logits, before penalties and temperature.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,12 +28,12 @@ class TokenStatistics:
     Two tensors of V on the logits' device; built only for requests that have a penalty.
     """
 
-    def __init__(self, vocab_size: int, prompt: Sequence[int], output: Iterable[int], device: torch.device) -> None:
-        self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)  # [V] in prompt or output
-        self._output_counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)  # [V]
-        self._seen[torch.tensor(prompt, dtype=torch.int64, device=device)] = True
-        for token_id in output:
-            self.record(token_id)
+    def __init__(self, vocab_size: int, prompt: Sequence[int], output: Sequence[int], device: torch.device) -> None:
+        prompt_ids = torch.tensor(prompt, dtype=torch.int64, device=device)
+        output_ids = torch.tensor(output, dtype=torch.int64, device=device)
+        self._output_counts = torch.bincount(output_ids, minlength=vocab_size).float()  # [V]
+        self._seen = self._output_counts > 0  # [V] in prompt or output
+        self._seen[prompt_ids] = True
 
     def record(self, token_id: int) -> None:
         """Counts one generated token; call it once, when the token is committed."""

@@ -14,11 +14,13 @@ from cluster.actors.client import COORDINATOR_NAME, NAMESPACE
 from cluster.actors.expert import ExpertActor
 from cluster.control import CellStatus, Command, LoadingStatus, Registration
 from cluster.coordinator import Coordinator
-from cluster.logs import configure_logging
+from cluster.logs import configure_logging, log_event
 from cluster.membership import Rendezvous
 from cluster.spec import CellSpec
 from model_shards.config import load_model_config
 from model_shards.errors import CapacityError
+
+logger = logging.getLogger(__name__)
 
 _PLACEMENT_S = 120.0
 _EXPERT_RETRY_S = 2.0
@@ -51,8 +53,8 @@ class CoordinatorRank:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Makes the expert actors and begins to form epochs; another call waits for the first one's end."""
-        if self._started is None:
+        """Makes the expert actors and begins to form epochs; another call waits for the first one, or tries again."""
+        if self._started is None or (self._started.done() and self._started.exception() is not None):
             self._started = asyncio.create_task(self._start())
         await asyncio.shield(self._started)
 
@@ -81,12 +83,12 @@ class CoordinatorRank:
         return await self._coordinator.wait_running(timeout_s)
 
     async def _start(self) -> None:
-        self._tasks.append(asyncio.create_task(self._coordinator.run()))
         try:
             group = await self._expert_group()
         except CapacityError as error:
             self._coordinator.report_failure("experts", str(error))
             raise
+        self._tasks.append(asyncio.create_task(self._coordinator.run()))
         handle = ray.get_runtime_context().current_actor
         for ep_rank in range(self._spec.topology.num_expert):
             actor = ExpertActor.options(
@@ -95,8 +97,8 @@ class CoordinatorRank:
                 # After a restart of this actor they still run, and so does the epoch they are in.
                 get_if_exists=True,
                 lifetime="detached",
-                num_cpus=1,
-                num_gpus=0 if self._spec.device == "cpu" else 1,
+                num_cpus=self._bundle().get("CPU", 0),
+                num_gpus=self._bundle().get("GPU", 0),
                 max_restarts=-1,
                 max_concurrency=16,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=ep_rank),
@@ -105,23 +107,26 @@ class CoordinatorRank:
 
     async def _expert_group(self) -> PlacementGroup:
         """The placement group of the experts, one bundle each. Raises CapacityError when the cluster has no room."""
-        resources = {"CPU": 1.0} if self._spec.device == "cpu" else {"CPU": 1.0, "GPU": 1.0}
-        if self._spec.expert_resource is not None:
-            resources[self._spec.expert_resource] = 1.0
-        count = self._spec.topology.num_expert
+        bundle, count = self._bundle(), self._spec.topology.num_expert
         try:
             group = get_placement_group(_EXPERT_GROUP)
         except ValueError:
-            bundles = [dict(resources) for _ in range(count)]
+            bundles = [dict(bundle) for _ in range(count)]
             group = placement_group(bundles, strategy="PACK", name=_EXPERT_GROUP, lifetime="detached")
         try:
             await asyncio.wait_for(group.ready(), _PLACEMENT_S)
         except TimeoutError:
             raise CapacityError(
-                f"the Ray cluster has no room for {count} expert shards of {resources} each "
+                f"the Ray cluster has no room for {count} expert shards of {bundle} each "
                 f"within {_PLACEMENT_S:g} s: add nodes or ask for fewer shards"
             ) from None
         return group
+
+    def _bundle(self) -> dict[str, float]:
+        """What one expert shard asks of Ray."""
+        # A named resource is a place made for a rank: its CPU must not go to whatever else Ray puts on that node.
+        place = {"CPU": 1.0} if self._spec.expert_resource is None else {self._spec.expert_resource: 1.0}
+        return place if self._spec.device == "cpu" else {**place, "GPU": 1.0}
 
     async def _keep_running(self, actor: ray.actor.ActorHandle, ep_rank: int) -> None:
         """Runs an expert actor for ever: Ray restarts the process, this starts its work again."""
@@ -132,8 +137,8 @@ class CoordinatorRank:
                 # Its process lives but cannot work, as when its slice cannot be read: told, and tried again.
                 name = self._spec.topology.name(self._spec.topology.expert_global_rank(ep_rank))
                 self._coordinator.report_failure(name, str(error.cause))
-            except ray.exceptions.RayActorError:
-                pass
+            except ray.exceptions.RayError as error:
+                log_event(logger, "expert lost", logging.WARNING, place=f"E{ep_rank}", error=type(error).__name__)
             await asyncio.sleep(_EXPERT_RETRY_S)
 
 

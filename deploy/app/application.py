@@ -22,12 +22,13 @@ def build_application(settings: ShoalSettings) -> Application:
     """The application for `serve.run`. Raises CheckpointError or ConfigError before anything starts."""
     spec = build_cell_spec(settings)
     named = settings.ray.attention_resource
-    resources = {} if named is None else {named: 1}
+    # A named resource is a place made for a rank: its CPU must not go to whatever else Ray puts on that node.
+    place = {"num_cpus": 1} if named is None else {"num_cpus": 0, "resources": {named: 1}}
     gpus = 1 if spec.device == "cuda" else 0
     attention = AttentionDeployment.options(
         num_replicas=spec.topology.num_attention,
         max_ongoing_requests=_UNBOUNDED_REQUESTS,
-        ray_actor_options={"num_cpus": 1, "num_gpus": gpus, "resources": resources},
+        ray_actor_options={**place, "num_gpus": gpus},
         graceful_shutdown_timeout_s=settings.server.drain_timeout_s,
         graceful_shutdown_wait_loop_s=0.1,
     ).bind(spec)

@@ -1,5 +1,6 @@
 """The Ray Serve shell of the gateway: one class behind the gRPC proxy and the HTTP proxy; it only forwards."""
 
+import asyncio
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -23,6 +24,9 @@ from deploy.gateway.validation import ModelLimits
 from deploy.text import ChatTokenizer
 from model_shards.config import load_model_config
 from model_shards.errors import UnavailableError
+
+# Beside cell.join_timeout_s, which bounds loading and joining: an attention replica's process.
+_SERVE_START_S = 60.0
 
 
 class ServeEngineClient:
@@ -61,7 +65,9 @@ def _http_app() -> FastAPI:
 class GatewayIngress:
     """gRPC methods carry the names of the protobuf services; Serve routes by them."""
 
-    def __init__(self, settings: ShoalSettings, max_model_len: int, attention: DeploymentHandle) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: ShoalSettings, max_model_len: int, attention: DeploymentHandle
+    ) -> None:
         configure_logging("gateway", uuid.uuid4().hex[:8], settings.log.level)
         directory = Path(settings.model.path)
         config = load_model_config(directory)
@@ -72,6 +78,8 @@ class GatewayIngress:
             engine=ServeEngineClient(attention),
         )
         self._servicer = InferenceServicer(self.gateway)
+        # Constructed means healthy to Serve, and SERVING to clients: not before an attention replica can answer.
+        await asyncio.wait_for(attention.load.remote(), settings.cell.join_timeout_s + _SERVE_START_S)
 
     async def ChatCompletion(
         self, request: pb.ChatCompletionRequest, grpc_context: RayServegRPCContext

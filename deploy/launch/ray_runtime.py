@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,7 @@ from model_shards.errors import ConfigError, UnavailableError
 
 # The gateway, and Serve's controller and proxies.
 _CPUS_BESIDE_RANKS = 4
+_CONNECT_S = 10.0
 _QUIET = {"RAY_DEDUP_LOGS": "0", "RAY_SERVE_LOG_TO_STDERR": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
@@ -55,6 +57,7 @@ def _start(spec: CellSpec) -> None:
 
 
 def _connect(address: str, environment: dict[str, str]) -> None:
+    _check_answers(address)
     try:
         ray.init(address=address, namespace=NAMESPACE, logging_level="ERROR", runtime_env={"env_vars": environment})
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -64,3 +67,15 @@ def _connect(address: str, environment: dict[str, str]) -> None:
     except ValueError:
         return
     raise ConfigError(f"the Ray cluster at {address} already runs a Shoal cell, and takes one; stop that one first")
+
+
+def _check_answers(address: str) -> None:
+    """Ray waits for minutes where nobody listens; "auto" and the like it resolves by itself."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        return
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S):
+            return
+    except (OSError, OverflowError) as error:
+        raise UnavailableError(f"no Ray cluster answers at ray.address {address}: {error}") from error

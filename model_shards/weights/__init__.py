@@ -2,7 +2,13 @@
 
 from model_shards.weights.check import check_checkpoint
 from model_shards.weights.loader import Progress, load_attention_model, load_expert_shard
-from model_shards.weights.memory import attention_slice_bytes, available_bytes, check_memory, expert_slice_bytes
+from model_shards.weights.memory import (
+    attention_slice_bytes,
+    available_bytes,
+    check_memory,
+    container_memory,
+    expert_slice_bytes,
+)
 
 __all__ = [
     "Progress",
@@ -10,6 +16,7 @@ __all__ = [
     "available_bytes",
     "check_checkpoint",
     "check_memory",
+    "container_memory",
     "expert_slice_bytes",
     "load_attention_model",
     "load_expert_shard",

@@ -24,15 +24,23 @@ Progress = Callable[[int, int], None]
 
 
 def load_attention_model(
-    directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
+    directory: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+    reserved_bytes: int = 0,
 ) -> AttentionModel:
     """The attention rank's slice; no routed expert is read.
 
+    `reserved_bytes` is what the caller will allocate beside it, the KV cache: both must fit, or nothing is loaded.
+
     Raises CheckpointError when the checkpoint does not fit `config` (before anything is allocated) or changes while it
-    is read, CapacityError when `device` has less free memory than the slice takes.
+    is read, CapacityError when `device` has less free memory than that takes.
     """
     tensors = checked_tensors(directory, config)
-    _check_room(attention_slice_bytes(config, dtype), device, "the attention slice")
+    what = "the attention slice" + (" with its KV cache" if reserved_bytes else "")
+    _check_room(attention_slice_bytes(config, dtype) + reserved_bytes, device, what)
     model = AttentionModel(config, dtype, device)
     _fill(model.hf_slices(), tensors, progress)
     return model

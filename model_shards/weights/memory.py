@@ -12,6 +12,7 @@ from model_shards.model import AttentionModel
 
 _GIB = 2**30
 _MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def attention_slice_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -25,9 +26,28 @@ def expert_slice_bytes(config: ModelConfig, num_experts: int, dtype: torch.dtype
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that an allocation on `device` may take now; None where the system does not tell (a CPU outside Linux)."""
+    """Memory that an allocation on `device` may take now; None where the system does not tell (a CPU outside Linux).
+
+    On CPU within the container's limit, past which a process is killed and not refused.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    known = [free for free in (_system_memory(), container_memory()) if free is not None]
+    return min(known, default=None)
+
+
+def container_memory() -> int | None:
+    """Bytes left under the memory limit of cgroup v2; None without one."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+    except FileNotFoundError:
+        # The root group has no limit, and cgroup v1 no such file.
+        return None
+    return None if limit == "max" else max(0, int(limit) - used)
+
+
+def _system_memory() -> int | None:
     if not _MEMINFO.exists():
         return None
     for line in _MEMINFO.read_text().splitlines():

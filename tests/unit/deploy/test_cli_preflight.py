@@ -13,6 +13,7 @@ from deploy.config import ServerSettings, ShoalConfig
 from deploy.models import default_model_directory
 from deploy.preflight import CellNeeds, Machine, cell_needs, check_capacity, choose_ports, inspect_machine, preflight
 from model_shards.errors import CapacityError, CheckpointError, ConfigError
+from model_shards.weights import memory
 
 GIB = 2**30
 NEEDS = CellNeeds(attention_replicas=2, attention_slice=3 * GIB, kv_cache=1 * GIB, expert_slices=(5 * GIB, 6 * GIB))
@@ -94,11 +95,11 @@ def test_a_slice_larger_than_a_gpu_is_refused():
 def test_a_containers_limit_counts_as_the_machines_memory(tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text(f"{GIB}\n")
     (tmp_path / "memory.current").write_text(f"{GIB - 4096}\n")
-    monkeypatch.setattr(module, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     assert inspect_machine("cpu") == Machine(memory=4096)
     (tmp_path / "memory.max").write_text("max\n")
     assert inspect_machine("cpu").memory > 4096
-    monkeypatch.setattr(module, "_CGROUP", tmp_path / "none")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path / "none")
     assert inspect_machine("cpu").memory > 4096
 
 

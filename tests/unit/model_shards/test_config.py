@@ -86,6 +86,8 @@ def test_all_spellings_of_the_rotary_settings_agree(tmp_path: Path, kind: str) -
     del scaling["rope_theta"]
     values = {**V2_LITE, "rope_theta": 5e5, "rope_scaling": {**scaling, kind: "yarn"}}
     assert load_model_config(write(tmp_path, values)).rope == RopeConfig(5e5, YARN)
+    values["rope_parameters"] = {**scaling, "rope_type": "yarn", "rope_theta": 5e5}  # both, and they agree
+    assert load_model_config(write(tmp_path, values)).rope == RopeConfig(5e5, YARN)
 
 
 @pytest.mark.parametrize("rope", [{}, {"rope_scaling": None}, {"rope_parameters": {"rope_type": "default"}}])
@@ -152,7 +154,12 @@ REFUSED: list[tuple[str, object]] = [
     ("eos_token_id", [1, -2]),
     ("eos_token_id", True),
     ("rope_theta", "10000"),
+    ("rope_theta", 1),
+    ("rope_theta", -10000.0),
     ("rope_scaling", "yarn"),
+    ("rope_parameters", {"rope_type": "default"}),
+    ("rms_norm_eps", -1e-6),
+    ("rms_norm_eps", 10**400),
 ]
 
 
@@ -162,7 +169,8 @@ def test_a_refused_value_is_named_with_its_file_and_key(tmp_path: Path, key: str
         load_model_config(write(tmp_path, {**V2_LITE, key: value}))
     assert str(tmp_path / "config.json") in str(refused.value)
     assert key in str(refused.value)
-    assert json.dumps(value) in str(refused.value)
+    shown = V2_LITE["rope_scaling"] if key == "rope_parameters" else value
+    assert json.dumps(shown)[:100] in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +219,7 @@ def test_a_missing_directory_is_named(tmp_path: Path) -> None:
         load_model_config(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe{}", b""])
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe{}", b"", b"[" * 200_000])
 def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"config\.json is not valid JSON"):

@@ -127,6 +127,17 @@ def test_too_little_memory_is_refused_with_the_numbers_before_a_tensor_is_read(
     load()
 
 
+def test_the_kv_cache_must_fit_beside_the_attention_slice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = branchy_model()
+    config = model_config_of(model.config)
+    write_single(tmp_path, stored_state(model))
+    needed = attention_slice_bytes(config, torch.float32)
+    monkeypatch.setattr(loader, "available_bytes", lambda device: needed + 100)
+    load_attention_model(tmp_path, config, torch.float32, CPU, reserved_bytes=100)
+    with pytest.raises(CapacityError, match="the attention slice with its KV cache on cpu needs"):
+        load_attention_model(tmp_path, config, torch.float32, CPU, reserved_bytes=101)
+
+
 def test_a_refusal_of_much_memory_counts_in_gib() -> None:
     check_memory(3 * 2**30, 3 * 2**30, "a slice")
     with pytest.raises(CapacityError, match=r"^a slice needs 3\.00 GiB of memory and 1\.50 GiB is available$"):
