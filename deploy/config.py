@@ -88,6 +88,7 @@ class RaySettings:
 
     __pydantic_config__: ClassVar[ConfigDict] = _EDGE
     address: str | None = None  # null: start Ray on this machine and stop it at the end
+    replace: Annotated[bool, Field(strict=True)] = False  # take down a cell, and Serve, that run at that address
     attention_resource: Resource | None = None  # a custom Ray resource that attention replicas ask 1 of
     expert_resource: Resource | None = None  # likewise for expert shards
 
@@ -186,7 +187,7 @@ def _read(path: Path) -> _Tree:
         mark = error.problem_mark
         where = "" if mark is None else f", line {mark.line + 1} column {mark.column + 1}"
         raise ConfigError(f"{path}{where}: is not valid YAML: {error.problem}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # not a date, too deep, too many digits
         raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
     if tree is None:
         return {}

@@ -3,6 +3,7 @@
 ports -> checkpoint -> tokenizer -> how the model is cut -> devices and memory
 """
 
+import errno
 import random
 import socket
 import subprocess
@@ -72,18 +73,22 @@ def choose_ports(server: ServerSettings, check_given: bool = True) -> ServerSett
     with ExitStack() as held:
         ports: dict[str, int] = {}
         for key, port in (("grpc_port", server.grpc_port), ("http_port", server.http_port)):
-            if port == 0:
-                ports[key] = _free_port(server.host, held)
-                continue
-            ports[key] = port
-            if check_given:
-                try:
+            try:
+                if port == 0:
+                    ports[key] = _free_port(server.host, held)
+                    continue
+                ports[key] = port
+                if check_given:
                     _bind(server.host, port, held)
-                except OSError as error:
+            except OSError as error:
+                if error.errno == errno.EADDRNOTAVAIL:
                     raise ConfigError(
-                        f"server.{key} {port} on {server.host} cannot be taken ({error.strerror}): stop what uses it, "
-                        f"choose another with --{key.replace('_', '-')}, or 0 for any free one"
+                        f"server.host must be an address of this machine, got {server.host!r}: {error.strerror}"
                     ) from error
+                raise ConfigError(
+                    f"server.{key} {port} on {server.host} cannot be taken ({error.strerror}): stop what uses it, "
+                    f"choose another with --{key.replace('_', '-')}, or 0 for any free one"
+                ) from error
     return replace(server, grpc_port=ports["grpc_port"], http_port=ports["http_port"])
 
 

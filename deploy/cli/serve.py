@@ -1,5 +1,6 @@
 """`shoal serve`."""
 
+import os
 from pathlib import Path
 
 import click
@@ -77,6 +78,9 @@ def serve(
     overrides |= {key: value for key, value in flags.items() if value is not None}
     loaded = ShoalConfig.load(config_path or default_config_path(), overrides)
     configure_logging("serve", "-", loaded.log.level)
+    if loaded.ray.address is None:
+        # Read when Ray is first imported: a Ray of our own listens on loopback alone, as no other machine may join it.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     with make_serve_ui() as ui:
         ui.stage("checking checkpoint, ports and devices")
         ready_to_start = preflight(loaded)
@@ -96,7 +100,7 @@ def parse_setting(text: str) -> tuple[str, _Value]:
         raise ConfigError(f"--set must be SECTION.KEY=VALUE, got {text!r}")
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"--set {key} must have a plain value, got {value!r}") from error
     if not isinstance(parsed, str | int | float | bool | None):
         raise ConfigError(f"--set {key} must have a plain value, got {value!r}")

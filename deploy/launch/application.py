@@ -1,5 +1,6 @@
 """The cell and its Serve application inside a `with`: started, watched until it runs, taken down at the end."""
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,15 +9,19 @@ from typing import TypeAlias
 import ray
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, LoggingConfig
 
 from cluster.actors.coordinator import get_or_create_coordinator, remove_cell
 from cluster.control import CellStatus
+from cluster.logs import log_event
 from cluster.spec import CellSpec
 from deploy.app import APP_NAME, SERVICER_FUNCTIONS, build_application
 from deploy.cli.progress import ServeUi
 from deploy.config import ShoalSettings
 from model_shards.errors import UnavailableError
+
+logger = logging.getLogger(__name__)
 
 _Actor: TypeAlias = ray.actor.ActorHandle
 # Beside cell.join_timeout_s, which bounds loading and joining: Serve's controller, proxies and worker processes.
@@ -55,7 +60,8 @@ def drain_application(timeout_s: float) -> bool:
     """Refuses new requests and lets the running ones end; whether they did in time."""
     try:
         serve.get_app_handle(APP_NAME).drain.remote().result(timeout_s=timeout_s)
-    except TimeoutError:
+    except (TimeoutError, ray.exceptions.RayError, RayServeException) as error:
+        log_event(logger, "not drained", logging.WARNING, error=f"{type(error).__name__}: {error}")
         return False
     return True
 

@@ -3,44 +3,75 @@
 import logging
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 import ray
+from ray import serve
 
 from cluster.actors.client import COORDINATOR_NAME, NAMESPACE
+from cluster.actors.coordinator import remove_cell
 from cluster.spec import CellSpec
 from deploy.app.bind import proxy_environment
 from deploy.config import ShoalSettings
+from deploy.launch.signals import StopSignals, kill_children
 from deploy.launch.worker_logs import worker_logs
 from model_shards.errors import ConfigError, UnavailableError
 
 # The gateway, and Serve's controller and proxies.
 _CPUS_BESIDE_RANKS = 4
 _CONNECT_S = 10.0
+# Ray waits a second for each of its daemons, which SIGTERM does not reach (`kept_from_children`), and kills it then.
+_DAEMONS_END_S = 1.0
+_DAEMONS = ("gcs_server", "raylet")
 _QUIET = {"RAY_DEDUP_LOGS": "0", "RAY_SERVE_LOG_TO_STDERR": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+_SERVE_CONTROLLER = ("SERVE_CONTROLLER_ACTOR", "serve")
+
+
+class RayRuntime:
+    """The Ray that the service stands on."""
+
+    def __init__(self, daemons: tuple[psutil.Process, ...]) -> None:
+        self._daemons = daemons
+
+    def lost(self) -> str | None:
+        """Which of our own daemons has ended, if any; on an existing cluster Ray itself ends this process then."""
+        for daemon in self._daemons:
+            try:
+                if daemon.status() != psutil.STATUS_ZOMBIE:
+                    continue
+            except psutil.NoSuchProcess:
+                pass
+            return f"process {daemon.pid}"
+        return None
 
 
 @contextmanager
-def ray_runtime(settings: ShoalSettings, spec: CellSpec) -> Iterator[None]:
+def ray_runtime(settings: ShoalSettings, spec: CellSpec, signals: StopSignals) -> Iterator[RayRuntime]:
     """Ray is connected inside the block.
 
-    Raises UnavailableError when ray.address does not answer, ConfigError when that cluster already runs a cell.
+    Raises UnavailableError when ray.address does not answer, ConfigError when that cluster is taken.
     """
+    address = settings.ray.address
     environment = dict(proxy_environment(settings.server.host))
     os.environ.update(environment | _QUIET)
     # What Ray's and Serve's own code says in this process; trouble comes as an exception.
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        if settings.ray.address is None:
-            _start(spec)
-        else:
-            _connect(settings.ray.address, environment)
+        with signals.kept_from_children():
+            if address is None:
+                _start(spec)
+            else:
+                _connect(address, environment)
+        if address is not None:
+            _take(address, settings.ray.replace, spec)
         with worker_logs():
-            yield
+            yield RayRuntime(_own_daemons() if address is None else ())
     finally:
-        ray.shutdown()
+        _stop(own=address is None)
 
 
 def _start(spec: CellSpec) -> None:
@@ -56,17 +87,30 @@ def _start(spec: CellSpec) -> None:
     )
 
 
+def _own_daemons() -> tuple[psutil.Process, ...]:
+    return tuple(child for child in psutil.Process().children() if child.name() in _DAEMONS)
+
+
+def _stop(own: bool) -> None:
+    if not own:
+        ray.shutdown()
+        return
+    hurry = threading.Timer(_DAEMONS_END_S, kill_children)
+    hurry.start()
+    try:
+        ray.shutdown()
+    finally:
+        hurry.cancel()
+        hurry.join()
+        kill_children()
+
+
 def _connect(address: str, environment: dict[str, str]) -> None:
     _check_answers(address)
     try:
         ray.init(address=address, namespace=NAMESPACE, logging_level="ERROR", runtime_env={"env_vars": environment})
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UnavailableError(f"no Ray cluster answers at ray.address {address}: {error}") from error
-    try:
-        ray.get_actor(COORDINATOR_NAME, namespace=NAMESPACE)
-    except ValueError:
-        return
-    raise ConfigError(f"the Ray cluster at {address} already runs a Shoal cell, and takes one; stop that one first")
 
 
 def _check_answers(address: str) -> None:
@@ -79,3 +123,28 @@ def _check_answers(address: str) -> None:
             return
     except (OSError, OverflowError) as error:
         raise UnavailableError(f"no Ray cluster answers at ray.address {address}: {error}") from error
+
+
+def _take(address: str, replace: bool, spec: CellSpec) -> None:
+    """A cluster takes one cell, and one Serve, whose ports are its first starter's."""
+    taken_by = [what for what, actor in _TAKERS.items() if _exists(*actor)]
+    if not taken_by:
+        return
+    if not replace:
+        raise ConfigError(
+            f"the Ray cluster at {address} already runs {' and '.join(taken_by)}; stop that first, "
+            "or let `--set ray.replace=true` take it down, with everything that it serves"
+        )
+    serve.shutdown()
+    remove_cell(spec)
+
+
+_TAKERS = {"a Shoal cell": (COORDINATOR_NAME, NAMESPACE), "Ray Serve": _SERVE_CONTROLLER}
+
+
+def _exists(name: str, namespace: str) -> bool:
+    try:
+        ray.get_actor(name, namespace=namespace)
+    except ValueError:
+        return False
+    return True

@@ -1,6 +1,7 @@
 """The life of one `shoal serve`."""
 
 import logging
+import os
 from contextlib import ExitStack
 
 from cluster.logs import log_event
@@ -8,27 +9,30 @@ from deploy.app.cell_spec import build_cell_spec
 from deploy.cli.progress import ServeUi
 from deploy.config import ShoalSettings
 from deploy.launch.application import drain_application, running_application
-from deploy.launch.ray_runtime import ray_runtime
-from deploy.launch.signals import StopSignals
+from deploy.launch.ray_runtime import RayRuntime, ray_runtime
+from deploy.launch.signals import StopSignals, kill_children
 from deploy.launch.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
+
+_WATCH_S = 5.0
 
 
 def run_service(settings: ShoalSettings, ui: ServeUi) -> int:
     """Runs until a signal; returns the exit status. Raises a ShoalError when the start fails."""
     signals = StopSignals()
-    host, server = settings.server.host, settings.server
-    grpc_address, http_address = f"{host}:{server.grpc_port}", f"{host}:{server.http_port}"
+    server = settings.server
+    grpc_address, http_address = (
+        join_address(server.host, server.grpc_port),
+        join_address(server.host, server.http_port),
+    )
     with ExitStack() as stack:
         stack.enter_context(signals.installed())
         try:
             with signals.interrupting():
                 spec = build_cell_spec(settings)
                 ui.stage("starting Ray")
-                stack.enter_context(ray_runtime(settings, spec))
-                # Again: Ray puts a handler of its own in place of ours.
-                stack.enter_context(signals.installed())
+                runtime = stack.enter_context(ray_runtime(settings, spec, signals))
                 ui.stage("starting the cell")
                 stack.enter_context(running_application(settings, spec, ui))
                 ui.stage("passing a first token through every expert shard")
@@ -40,9 +44,24 @@ def run_service(settings: ShoalSettings, ui: ServeUi) -> int:
             log_event(logger, "start interrupted")
             return 0
         ui.ready(grpc_address, http_address, settings.model.name)
-        while not signals.wait(3600.0):
-            continue
+        _watch(runtime, signals)
         ui.draining(0)
         if not drain_application(server.drain_timeout_s):
             log_event(logger, "requests cut short", logging.WARNING, drain_timeout_s=server.drain_timeout_s)
     return 0
+
+
+def join_address(host: str, port: int) -> str:
+    """HOST:PORT; an IPv6 host in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _watch(runtime: RayRuntime, signals: StopSignals) -> None:
+    """Returns at the first signal. Serve and the coordinator replace what is lost; without Ray there is neither."""
+    while not signals.wait(_WATCH_S):
+        lost = runtime.lost()
+        if lost is not None:
+            log_event(logger, "Ray ended, and with it the service; start it again", logging.ERROR, lost=lost)
+            # Everything that would be stopped in order needs Ray for it.
+            kill_children()
+            os._exit(1)

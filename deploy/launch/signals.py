@@ -35,6 +35,22 @@ class StopSignals:
                 signal.signal(number, handler)
 
     @contextmanager
+    def kept_from_children(self) -> Iterator[None]:
+        """Processes that are started inside the block, and theirs, get no SIGTERM; this one gets it after the block.
+
+        A SIGTERM to our whole process group, as supervisors send it, must find Ray alive: without it nothing could be
+        drained. SIGINT Ray keeps from its processes by itself.
+        """
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            yield
+        finally:
+            # Ray puts a handler of its own in place of ours.
+            for number in _NUMBERS:
+                signal.signal(number, self._handle)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+    @contextmanager
     def interrupting(self) -> Iterator[None]:
         """Inside the block the first signal raises StartInterrupted in the main thread."""
         self._starting = True
