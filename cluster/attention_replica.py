@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from cluster.spec import CellSpec
 from cluster.step_loop import StepEvents, StepLoop
 from model_shards.config import load_model_config
 from model_shards.errors import InvalidRequestError, ShoalError, UnavailableError
-from model_shards.kv_cache import LatentKVCache
+from model_shards.kv_cache import LatentKVCache, bytes_per_block
 from model_shards.weights import Progress, load_attention_model
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,8 @@ class AttentionReplica:
         directory = Path(spec.model_directory)
         config = load_model_config(directory)
         dtype = torch_dtype(spec)
-        model = load_attention_model(directory, config, dtype, device, progress)
+        kv_cache_bytes = spec.limits.num_blocks * bytes_per_block(config, spec.limits.block_size, dtype)
+        model = load_attention_model(directory, config, dtype, device, progress, kv_cache_bytes)
         cache = LatentKVCache(config, spec.limits.num_blocks, spec.limits.block_size, dtype, device)
         engine = Engine(config, model, cache, spec.limits)
         self._spec = spec
@@ -51,11 +52,12 @@ class AttentionReplica:
         self._on_epoch_end = on_epoch_end
         self._rejoin_timeout_s = rejoin_timeout_s
         self._rendezvous: dict[int, RendezvousServer] = {}
-        self._give_up: asyncio.TimerHandle | None = None
+        self._give_up: asyncio.TimerHandle | None = None  # runs from the loss of an epoch to the next one joined
+        self._lost: UnavailableError | None = None  # it ran out, and no epoch was joined since
         self._step_loop = StepLoop(engine, config, dtype, device, spec.limits.num_micro_batches, self._cross)
         self._thread = EpochThread("step-loop", self._step_loop.run_epoch, self._epoch_ended)
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[StepOutput]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepOutput, None]:
         """Streams a request's tokens; ends after the output with a finish reason.
 
         Leaving the iterator early cancels the request: its blocks are free within a step. Outputs that queued up
@@ -64,6 +66,8 @@ class AttentionReplica:
         """
         if request.request_id in self._streams:
             raise InvalidRequestError(f"request id {request.request_id} is already running")
+        if self._lost is not None:
+            raise self._lost
         stream: asyncio.Queue[StepOutput | ShoalError] = asyncio.Queue()
         self._streams[request.request_id] = stream
         ended = False
@@ -96,10 +100,9 @@ class AttentionReplica:
 
     def join(self, membership: Membership, global_rank: int) -> "Future[None]":
         """Joins an epoch; the future is done once the process groups stand."""
-        if self._give_up is not None:
-            self._give_up.cancel()
-            self._give_up = None
-        return self._thread.join(membership, global_rank)
+        joined = self._thread.join(membership, global_rank)
+        joined.add_done_callback(self._join_done)
+        return joined
 
     def leave(self) -> None:
         """Ends the running epoch at its next step boundary; requests wait for the next epoch."""
@@ -132,16 +135,33 @@ class AttentionReplica:
         self._loop.call_soon_threadsafe(self._await_next_epoch, end)
         self._on_epoch_end(end)
 
-    def _await_next_epoch(self, end: EpochEnd) -> None:
+    def _join_done(self, joined: "Future[None]") -> None:
+        """From the step thread."""
+        # A join that failed must not give the requests another deadline.
+        if not joined.cancelled() and joined.exception() is None:
+            self._loop.call_soon_threadsafe(self._found)
+
+    def _found(self) -> None:
+        """An epoch is joined: requests are computed again."""
+        self._lost = None
         if self._give_up is not None:
             self._give_up.cancel()
+            self._give_up = None
+
+    def _await_next_epoch(self, end: EpochEnd) -> None:
         if end.is_fault:
             # A fault of this rank would come again with the same requests: they must not take the cell down for ever.
             self._fail_all(UnavailableError("a step failed on this replica; its log has the cause"))
-        error = UnavailableError(
-            f"epoch {end.epoch} ended and no other followed within {self._rejoin_timeout_s:g} s; send the request again"
-        )
-        self._give_up = self._loop.call_later(self._rejoin_timeout_s, self._fail_all, error)
+        if self._give_up is None and self._lost is None:
+            error = UnavailableError(
+                f"epoch {end.epoch} ended and no other followed within {self._rejoin_timeout_s:g} s; "
+                "send the request again"
+            )
+            self._give_up = self._loop.call_later(self._rejoin_timeout_s, self._lose, error)
+
+    def _lose(self, error: UnavailableError) -> None:
+        self._give_up, self._lost = None, error
+        self._fail_all(error)
 
     def _fail_all(self, error: UnavailableError) -> None:
         if self._streams:

@@ -163,7 +163,12 @@ class Coordinator:
             if self._state is CellState.ENDING:
                 await self._roll_call()
             elif self._state is CellState.WAITING and not self._missing():
-                await self._form()
+                held = [self._ranks[uid] for uid in self._places if uid is not None]
+                if any(rank.joined_epoch > rank.ended_epoch for rank in held):
+                    # An epoch of before this coordinator's start still runs on some: they must leave it first.
+                    await self._roll_call()
+                else:
+                    await self._form()
 
     # Policy.
 

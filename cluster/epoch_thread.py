@@ -64,14 +64,34 @@ class EpochThread:
 
     def _run(self) -> None:
         while (command := self._commands.get()) is not None:
+            # Only the newest: the peers of an older one have moved on, and waiting for them takes its whole timeout.
+            while not self._commands.empty():
+                newer = self._commands.get()
+                self._supersede(command)
+                if newer is None:
+                    return
+                command = newer
             self._run_one(command)
+
+    def _supersede(self, command: _Join) -> None:
+        error = f"epoch {command.membership.epoch} was superseded before this rank joined it"
+        if command.joined.set_running_or_notify_cancel():
+            command.joined.set_exception(UnavailableError(error))
+        self._on_epoch_end(EpochEnd(command.membership.epoch, error, is_fault=False))
 
     def _run_one(self, command: _Join) -> None:
         epoch = command.membership.epoch
         error: str | None = None
         is_fault = False
+        # After this the future cannot be cancelled any more: who waited for it may be gone, and that is no fault.
+        awaited = command.joined.set_running_or_notify_cancel()
+
+        def on_joined() -> None:
+            if awaited:
+                command.joined.set_result(None)
+
         try:
-            self._run_epoch(command.membership, command.global_rank, lambda: command.joined.set_result(None))
+            self._run_epoch(command.membership, command.global_rank, on_joined)
         except EpochAbortedError as aborted:
             error = str(aborted)
             log_event(logger, "epoch aborted", logging.WARNING, epoch=epoch, error=error)

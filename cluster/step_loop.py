@@ -101,6 +101,9 @@ class StepLoop:
     def _step(self, session: EpochSession, dispatcher: AttentionDispatcher) -> bool:
         """One step; whether the epoch ends here."""
         rejections = self._drain_inbox()
+        if rejections:
+            # At once: whether the step below succeeds is nothing to them.
+            self._on_events(StepEvents((), tuple(rejections)))
         step = self._engine.schedule()
         try:
             tokens = tuple(batch.num_tokens for batch in step.micro_batches)
@@ -110,8 +113,8 @@ class StepLoop:
             self._engine.abandon(step)
             raise
         self._load = self._engine.load()
-        if outputs or rejections:
-            self._on_events(StepEvents(tuple(outputs), tuple(rejections)))
+        if outputs:
+            self._on_events(StepEvents(tuple(outputs), ()))
         if agreed.idle and not agreed.ends:
             session.bell.sleep(self._has_news)
         return agreed.ends

@@ -3,7 +3,8 @@
 import asyncio
 import dataclasses
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 import ray
 from ray import serve
@@ -55,10 +56,11 @@ class AttentionRank:
                 f"missing ranks: {', '.join(status.missing) or 'none'}; last error: {status.last_error or 'none'}"
             ) from None
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[StepOutput]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepOutput, None]:
         """See AttentionReplica.generate."""
-        async for output in self._replica.generate(request):
-            yield output
+        async with aclosing(self._replica.generate(request)) as outputs:
+            async for output in outputs:
+                yield output
 
     async def load(self) -> ReplicaLoad:
         """See AttentionReplica.load."""

@@ -50,7 +50,12 @@ class ExpertRank:
         shard = await asyncio.to_thread(ExpertShard, self._spec, self._ep_rank, 0, epoch_ended, progress)
         self._shard = shard
         agent = RankAgent(self._client, f"expert-{uuid.uuid4().hex}", Role.EXPERT, self._ep_rank, shard, None)
-        await agent.run()
+        try:
+            await agent.run()
+        finally:
+            # Whoever runs it again loads a new one: two slices would not fit.
+            self._shard = None
+            await asyncio.to_thread(shard.close)
 
     async def rows_received(self) -> int:
         """Rows this shard has computed; the readiness check waits for the first."""
