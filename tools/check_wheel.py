@@ -57,6 +57,8 @@ def check_install(wheel: Path) -> str:
         ).stdout.strip()
         if not Path(where).is_relative_to(home):
             raise SystemExit(f"the wheel's environment imports deploy from {where}")
+        # A whole service out of the wheel alone: Ray's workers, the generated code, the checkpoint and its tokenizer.
+        subprocess.run([python, "-m", "deploy.cli.demo"], cwd=temporary, check=True, timeout=300)
         return subprocess.run(
             [home / "bin" / "shoal", "version"], cwd=temporary, check=True, timeout=120, capture_output=True, text=True
         ).stdout.strip()

@@ -113,6 +113,13 @@ class GatewayIngress:
     ) -> health_pb2.HealthCheckResponse:
         return await self._servicer.check(request, grpc_context)
 
+    async def Watch(
+        self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
+    ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
+        async with aclosing(self._servicer.watch(request, grpc_context)) as responses:
+            async for response in responses:
+                yield response
+
     async def drain(self) -> None:
         """From now on new requests are refused with UNAVAILABLE; returns when the running ones ended."""
         await self.gateway.drain()

@@ -135,6 +135,15 @@ class InferenceServicer:
         response = health_pb2.HealthCheckResponse
         return response(status=response.SERVING if self._gateway.serving else response.NOT_SERVING)
 
+    async def watch(
+        self, _: health_pb2.HealthCheckRequest, context: GrpcContext
+    ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
+        """Not offered; clients take UNIMPLEMENTED, and it alone, for healthy (grpc/doc/health-checking.md)."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details("Watch is not offered; ask Check again instead")
+        raise RpcError("Watch is not offered")
+        yield  # a generator, as Serve wants for a stream
+
 
 Chunk = TypeVar("Chunk", pb.ChatCompletionChunk, pb.CompletionChunk)
 

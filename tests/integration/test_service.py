@@ -120,6 +120,9 @@ def test_reflection_health_and_the_list_of_models(service, channel, stub):
     assert {"shoal.v1.Inference", "grpc.health.v1.Health"} <= set(database.get_services())
     check = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10.0)
     assert check.status == health_pb2.HealthCheckResponse.SERVING
+    with pytest.raises(grpc.RpcError) as refusal:
+        list(health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=10.0))
+    assert refusal.value.code() is grpc.StatusCode.UNIMPLEMENTED
     [model] = stub.ListModels(pb.ListModelsRequest(), timeout=10.0).models
     assert (model.id, model.max_model_len) == (service.model, MAX_MODEL_LEN)
 
@@ -301,6 +304,22 @@ def test_requests_of_every_kind_at_once_end_as_they_would_alone(stub, reference)
     left.cancel()
     for prompt, stream in zip(prompts, streams, strict=True):
         assert [token for chunk in stream for token in chunk.token_ids] == hf_greedy(model, prompt, 16)
+
+
+def test_it_listens_on_loopback_alone(service):
+    """Serve's replicas are the exception: they bind a port of their own for Serve's proxies to every interface."""
+    root = psutil.Process(service.process.pid)
+    listening = {
+        (process.name(), connection.laddr.ip.removeprefix("::ffff:"))
+        for process in [root, *root.children(recursive=True)]
+        for connection in process.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert len(listening) > 5
+    assert {(name, ip) for name, ip in listening if ip not in ("127.0.0.1", "::1")} <= {
+        ("ray::ServeReplica:shoal:attention", "::"),
+        ("ray::ServeReplica:shoal:gateway", "::"),
+    }
 
 
 RANKS = ("ray::ExpertRank", "ray::CoordinatorRank", "ray::ServeReplica")

@@ -130,9 +130,14 @@ def test_two_services_side_by_side_and_nothing_left_after_either():
         assert wait_gone(processes) == []
         assert len(complete(first.grpc)) == 8
         processes = first.descendants()
-        # As Ctrl-C on a terminal does: to every process of the group.
-        os.killpg(first.process.pid, signal.SIGINT)
-        assert first.process.wait(60.0) == 0
+        # To every process of the group, as supervisors and `timeout` do it; the answer under way must still come.
+        under_way = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(complete, first.grpc, 100, 60.0, under_way.set)
+            assert under_way.wait(30.0)
+            os.killpg(first.process.pid, signal.SIGTERM)
+            assert first.process.wait(60.0) == 0
+            assert len(answer.result(60.0)) == 100
         assert wait_gone(processes) == []
 
 
@@ -143,7 +148,9 @@ def test_a_stop_lets_running_requests_end_and_a_second_signal_does_not_wait():
         caller = threading.Thread(target=lambda: answers.append(complete(service.grpc, 150, on_chunk=under_way.set)))
         caller.start()
         assert under_way.wait(30.0)
-        assert service.stop() == 0
+        # As Ctrl-C on a terminal does: to every process of the group.
+        os.killpg(service.process.pid, signal.SIGINT)
+        assert service.process.wait(60.0) == 0
         caller.join(30.0)
         assert [len(tokens) for tokens in answers] == [150]
         assert wait_gone(processes) == []
@@ -171,15 +178,16 @@ def test_a_second_signal_ends_it_at_once():
         assert wait_gone(processes) == []
 
 
-def test_a_signal_during_the_start_stops_what_stands():
+@pytest.mark.parametrize(("stage", "delay_s"), [("starting Ray", 1.5), ("starting the cell", 3.0)])
+def test_a_signal_during_the_start_stops_what_stands(stage, delay_s):
     process = subprocess.Popen(
         serve_command(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
         for line in process.stderr:
-            if "starting the cell" in line:
+            if stage in line:
                 break
-        time.sleep(3.0)
+        time.sleep(delay_s)
         processes = psutil.Process(process.pid).children(recursive=True)
         assert processes, "Ray must have been started"
         process.send_signal(signal.SIGTERM)
