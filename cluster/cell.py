@@ -102,8 +102,8 @@ def _expert_main(connection: "Connection[_Answer, _Command]", spec: CellSpec, gl
             case Join(membership, rank):
                 future = shard.join(membership, rank)
                 future.add_done_callback(partial(_report_join, answers, membership.epoch))
-            case Leave():
-                shard.leave()
+            case Leave(epoch):
+                shard.leave(epoch)
             case _:
                 break
     shard.close()
@@ -150,8 +150,8 @@ async def _attention(connection: "Connection[_Answer, _Command]", spec: CellSpec
             case Join(membership, rank):
                 future = replica.join(membership, rank)
                 future.add_done_callback(partial(_report_join, answers, membership.epoch))
-            case Leave():
-                replica.leave()
+            case Leave(epoch):
+                replica.leave(epoch)
             case Cancel(request_id):
                 if request_id in streams:
                     streams[request_id].cancel()

@@ -24,7 +24,7 @@ class RankRuntime(Protocol):
 
     def join(self, membership: Membership, global_rank: int) -> "Future[None]": ...
 
-    def leave(self) -> None: ...
+    def leave(self, epoch: int) -> None: ...
 
 
 class RendezvousHost(Protocol):
@@ -102,7 +102,7 @@ class RankAgent:
             case Leave(epoch):
                 # A late word about an older epoch must not end the one that runs.
                 if self._current is not None and self._current.membership.epoch == epoch:
-                    self._runtime.leave()
+                    self._runtime.leave(epoch)
 
     def _watch_join(self, epoch: int, future: "Future[None]") -> None:
         async def wait() -> None:

@@ -48,7 +48,7 @@ class FakeRank:
             future.set_result(None)
         return future
 
-    def leave(self) -> None:
+    def leave(self, epoch: int) -> None:
         self.end(None)
 
     def end(self, error: str | None) -> None:
