@@ -53,7 +53,7 @@ class AttentionReplica:
         self._rejoin_timeout_s = rejoin_timeout_s
         self._rendezvous: dict[int, RendezvousServer] = {}
         self._give_up: asyncio.TimerHandle | None = None  # runs from the loss of an epoch to the next one joined
-        self._lost: UnavailableError | None = None  # it ran out, and no epoch was joined since
+        self._lost: str | None = None  # it ran out, with this to say, and no epoch was joined since
         self._step_loop = StepLoop(engine, config, dtype, device, spec.limits.num_micro_batches, self._cross)
         self._thread = EpochThread("step-loop", self._step_loop.run_epoch, self._epoch_ended)
 
@@ -67,7 +67,7 @@ class AttentionReplica:
         if request.request_id in self._streams:
             raise InvalidRequestError(f"request id {request.request_id} is already running")
         if self._lost is not None:
-            raise self._lost
+            raise UnavailableError(self._lost)
         stream: asyncio.Queue[StepOutput | ShoalError] = asyncio.Queue()
         self._streams[request.request_id] = stream
         ended = False
@@ -104,14 +104,14 @@ class AttentionReplica:
         joined.add_done_callback(self._join_done)
         return joined
 
-    def leave(self) -> None:
-        """Ends the running epoch at its next step boundary; requests wait for the next epoch."""
-        self._step_loop.leave()
+    def leave(self, epoch: int) -> None:
+        """Ends this epoch at its next step boundary, or at once while it is joined; requests wait for the next one."""
+        self._step_loop.leave(epoch)
 
     def close(self, timeout_s: float = 5.0) -> bool:
         """Fails what still runs and ends the thread; whether it ended in time."""
-        self._fail_all(UnavailableError("this replica is shutting down; send the request again"))
-        self._step_loop.leave()
+        self._fail_all("this replica is shutting down; send the request again")
+        self._step_loop.leave_for_good()
         ended = self._thread.close(timeout_s)
         self._rendezvous.clear()
         return ended
@@ -151,23 +151,24 @@ class AttentionReplica:
     def _await_next_epoch(self, end: EpochEnd) -> None:
         if end.is_fault:
             # A fault of this rank would come again with the same requests: they must not take the cell down for ever.
-            self._fail_all(UnavailableError("a step failed on this replica; its log has the cause"))
+            self._fail_all("a step failed on this replica; its log has the cause")
         if self._give_up is None and self._lost is None:
-            error = UnavailableError(
+            error = (
                 f"epoch {end.epoch} ended and no other followed within {self._rejoin_timeout_s:g} s; "
                 "send the request again"
             )
             self._give_up = self._loop.call_later(self._rejoin_timeout_s, self._lose, error)
 
-    def _lose(self, error: UnavailableError) -> None:
+    def _lose(self, error: str) -> None:
         self._give_up, self._lost = None, error
         self._fail_all(error)
 
-    def _fail_all(self, error: UnavailableError) -> None:
+    def _fail_all(self, error: str) -> None:
         if self._streams:
-            log_event(logger, "requests failed", logging.ERROR, count=len(self._streams), error=str(error))
+            log_event(logger, "requests failed", logging.ERROR, count=len(self._streams), error=error)
         for request_id, stream in self._streams.items():
-            stream.put_nowait(error)
+            # An exception of its own for each: raised, it holds the frames of whoever it was raised to.
+            stream.put_nowait(UnavailableError(error))
             self._step_loop.cancel(request_id)
 
 

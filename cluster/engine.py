@@ -22,7 +22,7 @@ from model_shards.errors import ConfigError, InvalidRequestError
 from model_shards.kv_cache import LatentKVCache
 from model_shards.pipeline import run_micro_batches
 from model_shards.routed import RoutedExperts
-from model_shards.sampler import SampledToken, SamplingRow, TokenStatistics, has_penalty, sample
+from model_shards.sampler import NO_TOKEN, SampledToken, SamplingRow, TokenStatistics, has_penalty, sample
 
 
 class StepModel(Protocol):
@@ -33,6 +33,10 @@ class StepModel(Protocol):
     ) -> Generator[None, None, torch.Tensor]:
         """One micro-batch; yields once per MoE layer, returns logits [R, V] float32."""
         ...
+
+
+# A step that is lost this often, without one that succeeds in between, is lost because of what it computes.
+_MAX_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,7 @@ class Engine:
         self._num_steps += 1
         for chunk in step.chunks:
             chunk.sequence.num_computed_tokens = chunk.stop
+            chunk.sequence.num_lost_steps = 0
         outputs = [
             self._commit_token(sequence, token)
             for sequence, token in zip(step.sampled, sampled.tokens, strict=True)
@@ -154,6 +159,21 @@ class Engine:
         if self._in_flight is step:
             self._in_flight = None
             self._end_cancelled()
+
+    def abort(self, step: ScheduledStep) -> list[StepOutput]:
+        """Forgets a step that was lost while it ran: a rank died, or did not answer. Counts it against its requests.
+
+        One that was lost with too often ends here, with an error: a request that kills a rank whenever it is computed
+        must not take the cell down for ever. The others are in the next `schedule` again.
+        """
+        self.abandon(step)
+        outputs: list[StepOutput] = []
+        for sequence in dict.fromkeys(chunk.sequence for chunk in step.chunks):
+            sequence.num_lost_steps += 1
+            if sequence.num_lost_steps >= _MAX_ATTEMPTS and sequence.request.request_id in self._sequences:
+                error = f"the cell lost a rank in each of {_MAX_ATTEMPTS} attempts to compute this request's next token"
+                outputs.append(self._fail(sequence, error))
+        return outputs
 
     def load(self) -> ReplicaLoad:
         """Queues, blocks and counters as they stand now."""
@@ -184,7 +204,14 @@ class Engine:
             sequence.request.sampling, sequence.seed, sequence.num_tokens, self._statistics.get(sequence)
         )
 
+    def _fail(self, sequence: Sequence, error: str) -> StepOutput:
+        del self._sequences[sequence.request.request_id]
+        self._end(sequence)
+        return StepOutput(sequence.request.request_id, (), FinishReason.ERROR, error=error)
+
     def _commit_token(self, sequence: Sequence, token: SampledToken) -> StepOutput:
+        if token.token_id == NO_TOKEN:
+            return self._fail(sequence, f"the model's logits are not finite at position {sequence.num_tokens}")
         finish_reason: FinishReason | None = sequence.append(token.token_id)
         if finish_reason is not None:
             del self._sequences[sequence.request.request_id]

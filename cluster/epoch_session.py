@@ -1,17 +1,21 @@
 """What a rank holds while an epoch lasts: the store, the process groups, the header exchange and the bell."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from cluster.membership import Membership
-from cluster.process_group import EpochGroups, open_epoch
+from cluster.process_group import EpochGroups, abort_join, open_epoch
 from cluster.rendezvous import connect_rendezvous
 from cluster.step_header import HeaderExchange
 from cluster.wake import WakeBell
+
+_FOR_GOOD = 1 << 62  # above every epoch
 
 
 @dataclass(frozen=True)
@@ -24,47 +28,70 @@ class EpochSession:
     bell: WakeBell
 
 
-@contextmanager
-def open_session(
-    membership: Membership, global_rank: int, device: torch.device, num_micro_batches: int
-) -> Iterator[EpochSession]:
-    """Joins an epoch. Raises EpochAbortedError naming the missing ranks when the join deadline passes."""
-    store = connect_rendezvous(membership.rendezvous, membership.join_timeout_s)
-    # Two connections: one blocks while the rank is idle, the other rings.
-    ringing = connect_rendezvous(membership.rendezvous, membership.join_timeout_s)
-    with open_epoch(membership, global_rank, device, store) as groups:
-        headers = HeaderExchange(groups, membership.topology, num_micro_batches)
-        yield EpochSession(membership, groups, headers, WakeBell(store, ringing))
-
-
 class LeaveFlag:
-    """Asks the running epoch to end at its next step boundary, waking it if it sleeps. Thread-safe."""
+    """Asks an epoch to end: at its next step boundary, waking it if it sleeps, or at once while it is joined.
+
+    Thread-safe, except `during` and `interrupt_with`, which are the step thread's.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._asked = False
-        self._ring: Callable[[], None] | None = None
+        self._left = -1  # epochs up to this one are to be left
+        self._epoch = 0
+        self._interrupt: Callable[[], None] | None = None
 
     def asked(self) -> bool:
-        """Whether this rank wants the epoch to end."""
-        return self._asked
+        """Whether the epoch of `during` is to end."""
+        return self._left >= self._epoch
 
-    def ask(self) -> None:
-        """Sets the flag and wakes the cell."""
+    def ask(self, epoch: int) -> None:
+        """Ends `epoch` and older ones, whether they run, are being joined, or come late."""
         with self._lock:
-            self._asked = True
-            ring = self._ring
-        if ring is not None:
-            ring()
+            self._left = max(self._left, epoch)
+            interrupt = self._interrupt if self.asked() else None
+        if interrupt is not None:
+            interrupt()
+
+    def ask_for_good(self) -> None:
+        """Ends the epoch of now and every later one."""
+        self.ask(_FOR_GOOD)
 
     @contextmanager
-    def during(self, bell: WakeBell) -> Iterator[None]:
-        """Binds the flag to an epoch's bell; the flag starts lowered in each epoch."""
+    def during(self, epoch: int) -> Iterator[None]:
+        """Inside the block this is the epoch that `asked` speaks of."""
         with self._lock:
-            self._asked = False
-            self._ring = bell.ring
+            self._epoch = epoch
         try:
             yield
         finally:
             with self._lock:
-                self._ring = None
+                self._interrupt = None
+
+    def interrupt_with(self, interrupt: Callable[[], None]) -> None:
+        """What to call, from any thread, when the epoch is to end; called now if it is already."""
+        with self._lock:
+            self._interrupt = interrupt
+            late = self.asked()
+        if late:
+            interrupt()
+
+
+@contextmanager
+def open_session(
+    membership: Membership, global_rank: int, device: torch.device, num_micro_batches: int, leave: LeaveFlag
+) -> Iterator[EpochSession]:
+    """Joins an epoch, within the membership's join deadline altogether.
+
+    Raises EpochAbortedError naming the missing ranks when the deadline passes, or the rank that was told to leave.
+    """
+    deadline = time.monotonic() + membership.join_timeout_s
+    store = connect_rendezvous(membership.rendezvous, membership.join_timeout_s)
+    # Two connections: one blocks while the rank joins or is idle, the other interrupts and rings.
+    ringing = connect_rendezvous(membership.rendezvous, max(deadline - time.monotonic(), 0.1))
+    with leave.during(membership.epoch):
+        leave.interrupt_with(partial(abort_join, membership, global_rank, ringing))
+        with open_epoch(membership, global_rank, device, store, deadline) as groups:
+            headers = HeaderExchange(groups, membership.topology, num_micro_batches)
+            bell = WakeBell(store, ringing)
+            leave.interrupt_with(bell.ring)
+            yield EpochSession(membership, groups, headers, bell)

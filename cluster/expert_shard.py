@@ -51,32 +51,31 @@ class ExpertShard:
         """Joins an epoch; the future is done once the process groups stand."""
         return self._thread.join(membership, global_rank)
 
-    def leave(self) -> None:
-        """Ends the running epoch at its next step boundary."""
-        self._leave.ask()
+    def leave(self, epoch: int) -> None:
+        """Ends this epoch at its next step boundary, or at once while it is joined."""
+        self._leave.ask(epoch)
 
     def close(self, timeout_s: float = 5.0) -> bool:
         """Leaves and ends the thread; whether it ended in time."""
-        self._leave.ask()
+        self._leave.ask_for_good()
         return self._thread.close(timeout_s)
 
     def _run_epoch(self, membership: Membership, global_rank: int, on_joined: Callable[[], None]) -> None:
         num_micro_batches = self._spec.limits.num_micro_batches
-        with open_session(membership, global_rank, self._device, num_micro_batches) as session:
+        with open_session(membership, global_rank, self._device, num_micro_batches, self._leave) as session:
             dispatcher = make_expert_dispatcher(
                 session.groups, membership, self._ep_rank, self._config, self._dtype, self._device
             )
             before = self._rows_received
-            with self._leave.during(session.bell):
-                on_joined()
-                log_event(logger, "epoch joined", epoch=membership.epoch, experts=len(self._shard.experts))
-                while True:
-                    header = StepHeader(membership.epoch, (0,) * num_micro_batches, self._leave.asked())
-                    agreed = session.headers.exchange(header)
-                    if not agreed.idle:
-                        dispatcher.run_step(agreed.plan, self._shard)
-                        self._rows_received = before + dispatcher.rows_received
-                    if agreed.ends:
-                        return
-                    if agreed.idle:
-                        session.bell.sleep(self._leave.asked)
+            on_joined()
+            log_event(logger, "epoch joined", epoch=membership.epoch, experts=len(self._shard.experts))
+            while True:
+                header = StepHeader(membership.epoch, (0,) * num_micro_batches, self._leave.asked())
+                agreed = session.headers.exchange(header)
+                if not agreed.idle:
+                    dispatcher.run_step(agreed.plan, self._shard)
+                    self._rows_received = before + dispatcher.rows_received
+                if agreed.ends:
+                    return
+                if agreed.idle:
+                    session.bell.sleep(self._leave.asked)

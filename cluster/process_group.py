@@ -10,7 +10,8 @@ How ranks join (keys in the store, under `epoch<n>/`):
 
     set joined/A0 -> wait for joined/* of all ranks -> build both groups -> set built/A0 -> wait for built/*
 
-Every wait ends at the one join deadline, and what is missing then is named.
+Every wait ends at the one join deadline, and what is missing then is named. A rank that is told to leave while it
+joins sets `abort` and every key that anyone may wait for, so all ranks wake, see why, and give the epoch up.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ from cluster.membership import Membership
 from cluster.rendezvous import first_line, local_address_towards
 from model_shards.errors import ConfigError, EpochAbortedError
 
+_STAGES = ("joined", "built")
 _HANG_UP_TAG = 0x5EED  # of messages that are never sent; collectives count their tags elsewhere
 
 
@@ -59,14 +61,19 @@ class EpochGroups:
         self.close()
 
 
-def open_epoch(membership: Membership, global_rank: int, device: torch.device, store: Store) -> EpochGroups:
+def open_epoch(
+    membership: Membership, global_rank: int, device: torch.device, store: Store, deadline: float | None = None
+) -> EpochGroups:
     """Joins an epoch; blocks until every rank has joined and built its groups.
 
-    Raises EpochAbortedError that names the ranks missing when `membership.join_timeout_s` passed, ConfigError when
+    `deadline` is on time.monotonic()'s clock; without one it is `membership.join_timeout_s` from now. Raises
+    EpochAbortedError that names the ranks missing when it passed, or who gave up (`abort_join`), and ConfigError when
     backend and device do not go together. What was half built by then is closed.
     """
     check_backend(membership.backend, device)
-    joining = _Joining(membership, global_rank, store)
+    if deadline is None:
+        deadline = time.monotonic() + membership.join_timeout_s
+    joining = _Joining(membership, global_rank, store, deadline)
     built: list[tuple[dist.ProcessGroup, str]] = []
     try:
         with joining.guarded("join"):
@@ -84,6 +91,20 @@ def open_epoch(membership: Membership, global_rank: int, device: torch.device, s
     return EpochGroups(control, data, membership.backend)
 
 
+def abort_join(membership: Membership, global_rank: int, store: Store) -> None:
+    """Ends the joining of an epoch on all ranks; nothing to those that have joined. `store` is not the one that joins.
+
+    A store that is gone is not an error here: whoever joins meets the same fault and reports it.
+    """
+    keys = PrefixStore(f"epoch{membership.epoch}", store)
+    topology = membership.topology
+    with contextlib.suppress(RuntimeError, OSError):
+        keys.set("abort", topology.name(global_rank))
+        for stage in _STAGES:
+            for rank in range(topology.world_size):
+                keys.set(f"{stage}/{topology.name(rank)}", "1")
+
+
 def check_backend(backend: str, device: torch.device) -> None:
     """Raises ConfigError unless `backend` can carry tensors of `device` (gloo carries CUDA through host memory)."""
     if backend not in ("gloo", "nccl"):
@@ -97,14 +118,14 @@ def check_backend(backend: str, device: torch.device) -> None:
 class _Joining:
     """The clock and the roll call of one join."""
 
-    def __init__(self, membership: Membership, global_rank: int, store: Store) -> None:
+    def __init__(self, membership: Membership, global_rank: int, store: Store, deadline: float) -> None:
         self._membership = membership
         self._store = PrefixStore(f"epoch{membership.epoch}", store)
         topology = membership.topology
         self._names = tuple(topology.name(rank) for rank in range(topology.world_size))
         self._me = self._names[global_rank]
-        self._deadline = time.monotonic() + membership.join_timeout_s
-        self._stage = "joined"
+        self._deadline = deadline
+        self._stage = _STAGES[0]
 
     def left_s(self) -> float:
         """Seconds left to join; never 0, which torch reads as no wait at all."""
@@ -115,10 +136,11 @@ class _Joining:
         return PrefixStore(name, self._store)
 
     def meet(self, stage: str) -> None:
-        """Says that this rank reached `stage` and waits until all have."""
+        """Says that this rank reached `stage` and waits until all have. Raises EpochAbortedError when one gave up."""
         self._stage = stage
         self._store.set(f"{stage}/{self._me}", "1")
         self._store.wait([f"{stage}/{name}" for name in self._names], timedelta(seconds=self.left_s()))
+        self._check_abort()
 
     @contextlib.contextmanager
     def guarded(self, what: str) -> Iterator[None]:
@@ -126,6 +148,7 @@ class _Joining:
         try:
             yield
         except (RuntimeError, OSError) as error:
+            self._check_abort()
             missing = self._missing()
             lost = f"missing: {', '.join(missing)}" if missing else "no rank missing"
             raise EpochAbortedError(
@@ -133,9 +156,18 @@ class _Joining:
                 f"{self._membership.join_timeout_s:g} s; {lost} ({first_line(error)})"
             ) from error
 
+    def _check_abort(self) -> None:
+        try:
+            if not self._store.check(["abort"]):
+                return
+            who = self._store.get("abort").decode()
+        except (RuntimeError, OSError):
+            return  # the store is gone: `_missing` says so
+        raise EpochAbortedError(f"rank {who} was told to leave epoch {self._membership.epoch} while it was joined")
+
     def _missing(self) -> tuple[str, ...]:
         # Ranks that never joined explain all later trouble, so they are named first and alone.
-        for stage in ("joined", "built") if self._stage == "built" else ("joined",):
+        for stage in _STAGES[: _STAGES.index(self._stage) + 1]:
             try:
                 missing = tuple(name for name in self._names if not self._store.check([f"{stage}/{name}"]))
             except (RuntimeError, OSError):

@@ -4,6 +4,7 @@ A blocked `wait` holds its connection, never the server: a rank that waits for a
 keys on another must call `connect_rendezvous` twice.
 """
 
+import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +15,9 @@ from cluster.membership import Rendezvous
 from model_shards.errors import EpochAbortedError
 
 _BACKLOG = 1024  # as many ranks may connect at one instant
+# TCPStore asks DNS for the name of each peer, only to log it, and its server does so in its one thread: with the
+# resolver's own settings one lost answer stops every rank for 5 s. Read by the C library in each new thread.
+_IMPATIENT_RESOLVER = {"RES_OPTIONS": "timeout:1 attempts:1"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ def serve_rendezvous(host: str) -> RendezvousServer:
 
     TCPStore by itself listens on every interface, so it is handed a socket that is bound already.
     """
+    _bound_name_lookups()
     family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, kind, protocol)
     try:
@@ -50,6 +55,7 @@ def connect_rendezvous(rendezvous: Rendezvous, timeout_s: float) -> TCPStore:
 
     Raises EpochAbortedError when the store does not answer in time.
     """
+    _bound_name_lookups()
     try:
         return TCPStore(
             rendezvous.host,
@@ -63,6 +69,11 @@ def connect_rendezvous(rendezvous: Rendezvous, timeout_s: float) -> TCPStore:
             f"rank A0's rendezvous at {rendezvous.host}:{rendezvous.port} did not answer within {timeout_s:g} s: "
             f"{first_line(error)}"
         ) from error
+
+
+def _bound_name_lookups() -> None:
+    for name, value in _IMPATIENT_RESOLVER.items():
+        os.environ.setdefault(name, value)
 
 
 def local_address_towards(rendezvous: Rendezvous) -> str:

@@ -30,6 +30,7 @@ class Sequence:
         self.status = SequenceStatus.WAITING
         self.token_ids: list[int] = [*request.prompt_token_ids, *request.output_token_ids]
         self.num_computed_tokens = 0
+        self.num_lost_steps = 0  # steps in a row that were lost with this sequence in them
         # int64 in one piece of memory: the batch builder copies it as bytes.
         self.block_table: array[int] = array("q")
         self.seed = _seed_of(request)

@@ -16,7 +16,7 @@ from cluster.membership import Membership
 from cluster.request import GenerationRequest, ReplicaLoad, StepOutput
 from cluster.step_header import AgreedStep, StepHeader
 from model_shards.config import ModelConfig
-from model_shards.errors import ShoalError
+from model_shards.errors import EpochAbortedError, ShoalError
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +73,13 @@ class StepLoop:
         self._inbox.put(request_id)
         self._wake()
 
-    def leave(self) -> None:
-        """Ends the running epoch at its next step boundary."""
-        self._leave.ask()
+    def leave(self, epoch: int) -> None:
+        """Ends this epoch at its next step boundary, or at once while it is joined."""
+        self._leave.ask(epoch)
+
+    def leave_for_good(self) -> None:
+        """Ends the epoch of now, and every later one as soon as it is joined."""
+        self._leave.ask_for_good()
 
     def load(self) -> ReplicaLoad:
         """Load as of the last step boundary."""
@@ -83,20 +87,19 @@ class StepLoop:
 
     def run_epoch(self, membership: Membership, global_rank: int, on_joined: Callable[[], None]) -> None:
         """Joins the epoch and steps until it ends. Raises EpochAbortedError; uncommitted work is then forgotten."""
-        with open_session(membership, global_rank, self._device, self._num_micro_batches) as session:
+        with open_session(membership, global_rank, self._device, self._num_micro_batches, self._leave) as session:
             dispatcher = make_attention_dispatcher(
                 session.groups, membership, global_rank, self._config, self._dtype, self._device
             )
-            with self._leave.during(session.bell):
-                self._ring = session.bell.ring
-                try:
-                    on_joined()
-                    place = membership.topology.name(global_rank)
-                    log_event(logger, "epoch joined", epoch=membership.epoch, place=place)
-                    while not self._step(session, dispatcher):
-                        pass
-                finally:
-                    self._ring = None
+            self._ring = session.bell.ring
+            try:
+                on_joined()
+                place = membership.topology.name(global_rank)
+                log_event(logger, "epoch joined", epoch=membership.epoch, place=place)
+                while not self._step(session, dispatcher):
+                    pass
+            finally:
+                self._ring = None
 
     def _step(self, session: EpochSession, dispatcher: AttentionDispatcher) -> bool:
         """One step; whether the epoch ends here."""
@@ -125,7 +128,15 @@ class StepLoop:
             return []
         dispatcher.begin_step(agreed.plan)
         routed = [dispatcher.routed(index) for index in range(self._num_micro_batches)]
-        return self._engine.commit(step, self._engine.run(step, routed))
+        try:
+            sampled = self._engine.run(step, routed)
+        except EpochAbortedError:
+            # At once: the next epoch may be long in coming, and is nothing to those that end here.
+            failed = self._engine.abort(step)
+            if failed:
+                self._on_events(StepEvents(tuple(failed), ()))
+            raise
+        return self._engine.commit(step, sampled)
 
     def _drain_inbox(self) -> list[Rejection]:
         rejections: list[Rejection] = []

@@ -5,6 +5,9 @@ where G counts the sleeps of this epoch. Setting a key twice is harmless, so any
 
     step thread:  headers all zero -> sleep(): wait(wake/G) ............ returns -> G + 1
     front end:                                 new request -> ring(): set(wake/G)
+
+A rank that rang forgets its key after its next sleep: whoever woke from wake/(G+1) saw headers of all ranks since
+wake/G, so nobody waits for that key or sets it any more. The store stays as small as it was.
 """
 
 import threading
@@ -30,6 +33,7 @@ class WakeBell:
         self._lock = threading.Lock()
         self._generation = 0
         self._sleeping = False
+        self._rang: list[str] = []  # keys this rank has set and not deleted
 
     def sleep(self, has_news: Callable[[], bool]) -> None:
         """Blocks until any rank rings. `has_news` is asked once asleep, so that no ring is lost.
@@ -42,6 +46,7 @@ class WakeBell:
             if has_news():
                 self.ring()
             self._wait(f"wake/{self._generation}")
+            self._forget_keys()
         except (RuntimeError, OSError) as error:
             raise EpochAbortedError(f"the epoch's store is gone while idle: {error}") from error
         finally:
@@ -58,10 +63,22 @@ class WakeBell:
             if not self._sleeping:
                 return
             key = f"wake/{self._generation}"
+            if key in self._rang:
+                return
             try:
                 self._ringing.set(key, "1")
             except (RuntimeError, OSError):
                 return
+            self._rang.append(key)
+
+    def _forget_keys(self) -> None:
+        """Deletes what this rank set before the sleep that just ended."""
+        with self._lock:
+            awoken = f"wake/{self._generation}"
+            for key in self._rang:
+                if key != awoken:
+                    self._waiting.delete_key(key)
+            self._rang = [key for key in self._rang if key == awoken]
 
     def _wait(self, key: str) -> None:
         while True:

@@ -20,6 +20,8 @@ _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 _TOP_P_CANDIDATES = 1024
 # Below this temperature float32 would divide by zero; the draw is the argmax long before.
 _MIN_TEMPERATURE = 1e-30
+# What a row gives whose logits hold a NaN or an infinity: any token would be an invention.
+NO_TOKEN = -1
 
 
 class TokenStatistics:
@@ -67,7 +69,7 @@ class SamplingRow:
 class SampledToken:
     """What one row gave."""
 
-    token_id: int
+    token_id: int  # NO_TOKEN when the row's logits are not finite
     logprob: float | None = None  # None: not asked for
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first
 
@@ -83,13 +85,14 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[SampledTo
     if not rows:
         return ()
     adjusted = _penalised(logits, rows)
+    best = adjusted.max(dim=-1)
+    token_ids = best.indices
     drawn = [index for index, row in enumerate(rows) if not _is_greedy(row.params)]
     if len(drawn) == len(rows):
         token_ids = _draw(adjusted, rows)
-    else:
-        token_ids = adjusted.argmax(dim=-1)
-        if drawn:
-            token_ids[drawn] = _draw(adjusted[drawn], [rows[index] for index in drawn])
+    elif drawn:
+        token_ids[drawn] = _draw(adjusted[drawn], [rows[index] for index in drawn])
+    token_ids = token_ids.masked_fill(~best.values.isfinite(), NO_TOKEN)
     return _with_logprobs(logits, rows, token_ids)
 
 
@@ -139,7 +142,7 @@ def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     draws = torch.tensor([uniform(row.seed, row.position) for row in rows], dtype=torch.float64, device=device)
     # right=True: the first token whose CDF lies above the target, which has a probability above 0.
     token_ids = torch.searchsorted(cdf, draws[:, None] * cdf[:, -1:], right=True)[:, 0]
-    # Only NaN logits can get past the end; a wrong token is then as good as any, an index error would not be.
+    # Only logits that are not finite get past the end, and `sample` takes no token from those.
     return token_ids.clamp_max(logits.shape[-1] - 1)
 
 
@@ -185,7 +188,7 @@ def _with_logprobs(
     chosen: list[int] = token_ids.tolist()
     return tuple(
         SampledToken(token_id)
-        if row.params.logprobs is None
+        if row.params.logprobs is None or token_id == NO_TOKEN
         else _describe(logits[index], token_id, row.params.logprobs)
         for index, (row, token_id) in enumerate(zip(rows, chosen, strict=True))
     )

@@ -68,3 +68,17 @@ def test_a_sleeping_rank_uses_no_cpu():
     for thread in threads:
         thread.join(5.0)
     assert server.rendezvous.port > 0
+
+
+def test_the_store_does_not_grow_with_the_number_of_sleeps():
+    server, made = bells(2)
+    sizes = []
+    for turn in range(12):
+        threads = sleep_all(made, lambda: False)
+        deadline = time.monotonic() + 10.0
+        while any(thread.is_alive() for thread in threads):
+            assert time.monotonic() < deadline
+            made[turn % 2].ring()  # nothing to a bell that is not asleep yet
+            threads[turn % 2].join(0.05)
+        sizes.append(server.store.num_keys())
+    assert sizes[-1] == sizes[3]
