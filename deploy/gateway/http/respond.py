@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 
 from fastapi.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from deploy.gateway.generation import Generation, GenerationEvent
 from deploy.gateway.http.answers import ChatAnswer, CompletionAnswer, Json
@@ -16,6 +16,10 @@ from deploy.gateway.status import status_of
 
 Answer = ChatAnswer | CompletionAnswer
 _EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+
+
+class _ConnectionGoneError(Exception):
+    """Sending failed: nobody is left to be told anything."""
 
 
 class AnswerResponse(Response):
@@ -30,8 +34,16 @@ class AnswerResponse(Response):
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_or_stop(message: Message) -> None:
+            try:
+                await send(message)
+            except OSError as error:  # how a server tells that the connection is gone
+                raise _ConnectionGoneError from error
+
         async with aclosing(self._generation):
-            await unless_client_leaves(receive, self._respond(scope, receive, send))
+            # An OSError of the engine is another matter: the client waits, and hears of it.
+            with contextlib.suppress(_ConnectionGoneError):
+                await unless_client_leaves(receive, self._respond(scope, receive, send_or_stop))
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         events = [event async for event in self._generation]
@@ -76,9 +88,7 @@ async def unless_client_leaves(receive: Receive, work: Coroutine[None, None, Non
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
-            # An OSError is how a server tells that the connection is gone.
-            with contextlib.suppress(OSError):
-                working.result()
+            working.result()
     finally:
         working.cancel()
         leaving.cancel()

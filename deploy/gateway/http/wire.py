@@ -1,6 +1,11 @@
-"""Request bodies as the OpenAI API has them. Unknown fields are ignored, as OpenAI-compatible servers do."""
+"""Request bodies as the OpenAI API has them.
 
-from typing import Annotated, Literal
+A null is a field that was not given: OpenAI's own client sends some. Fields that Shoal does not serve are refused where
+they would change the answer (`unserved.py`); others that it does not know are ignored.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -9,9 +14,11 @@ from pydantic import (
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
+from deploy.gateway.http.unserved import UNSERVED_CHAT, UNSERVED_COMPLETION, UNSERVED_MESSAGE, refuse_unserved
 from deploy.gateway.validation import SamplingFields
 from deploy.text.messages import ChatMessage
 from model_shards.errors import InvalidRequestError
@@ -43,6 +50,17 @@ _Prompt = Annotated[
 class _Body(BaseModel):
     # NaN and infinity are not JSON, but the parser takes them: let the rules name the value.
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=True)
+    unserved: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, data: object) -> object:
+        """The fields that were given: all that are required, and of the others those that are not null."""
+        if not isinstance(data, dict):
+            return data
+        refuse_unserved(data, cls.unserved)
+        required = {name for name, field in cls.model_fields.items() if field.is_required()}
+        return {name: value for name, value in data.items() if value is not None or name in required}
 
 
 class StreamOptions(_Body):
@@ -88,9 +106,11 @@ class _SamplingBody(_Body):
 class CompletionBody(_SamplingBody):
     """POST /v1/completions."""
 
+    unserved = UNSERVED_COMPLETION
+
     prompt: _Prompt
     logprobs: int | None = None
-    echo: bool = False
+    best_of: int | None = None
 
     def fields(self) -> SamplingFields:
         """The sampling part."""
@@ -98,8 +118,8 @@ class CompletionBody(_SamplingBody):
 
     def one_prompt(self) -> str | list[int]:
         """The prompt; a list with one prompt is that prompt."""
-        if self.echo:
-            raise InvalidRequestError("echo must be false, got true")
+        if self.best_of not in (None, self.n or 1):
+            raise InvalidRequestError(f"best_of must be n, {self.n or 1}, got {self.best_of}")
         prompt = self.prompt
         if isinstance(prompt, str):
             return prompt
@@ -123,6 +143,8 @@ class TextPart(_Body):
 class MessageBody(_Body):
     """One message."""
 
+    unserved = UNSERVED_MESSAGE
+
     role: str
     content: Annotated[
         str | Annotated[list[TextPart], Field(fail_fast=True)],
@@ -137,6 +159,8 @@ class MessageBody(_Body):
 
 class ChatBody(_SamplingBody):
     """POST /v1/chat/completions."""
+
+    unserved = UNSERVED_CHAT
 
     messages: Annotated[list[MessageBody], Field(fail_fast=True)] = Field(default_factory=list)
     max_completion_tokens: int | None = None

@@ -70,7 +70,7 @@ async def refused(path, content, status, message, method="POST"):
         (b'{"prompt": ["a", "b"]}', "prompt must be one prompt, got 2"),
         (b'{"prompt": [1, "a"]}', "prompt: must be a string, a list of token ids, or a list with one of either"),
         (b'{"prompt": null}', "prompt: must be a string, a list of token ids, or a list with one of either, got None"),
-        (b'{"prompt": "a", "echo": true}', "echo must be false, got true"),
+        (b'{"prompt": "a", "best_of": 3}', "best_of must be n, 1, got 3"),
         (b'{"prompt": "a", "stop": [3]}', "stop: must be a string or a list of strings, got [3]"),
         (b'{"prompt": "a", "stop": ""}', "stop[0] must be 1 to 256 characters long, got 0"),
         (b'{"prompt": "a", "n": 2}', "n must be 1, got 2"),
@@ -103,6 +103,43 @@ async def test_a_bad_completion_is_refused_by_what_is_wrong_with_it(content, mes
 @on_event_loop
 async def test_a_bad_chat_is_refused_by_what_is_wrong_with_it(body, message):
     await refused(CHAT, json.dumps(body).encode(), 400, message)
+
+
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "value", "rule"),
+    [
+        (COMPLETE, "echo", True, "it must be false, got true"),
+        (COMPLETE, "echo", 0, "it must be false, got 0"),
+        (COMPLETE, "suffix", "end", 'it must be "", got "end"'),
+        (COMPLETE, "logit_bias", {"5": -100}, 'it must be {}, got {"5":-100}'),
+        (COMPLETE, "min_p", 0.1, "it must be 0 or 0.0, got 0.1"),
+        (COMPLETE, "stop_token_ids", [3], "it must be [], got [3]"),
+        (COMPLETE, "guided_regex", "a*", 'it must be left out, got "a*"'),
+        (CHAT, "response_format", {"type": "json_object"}, 'it must be {"type":"text"}, got {"type":"json_object"}'),
+        (CHAT, "tools", [TOOL], 'it must be [], got [{"type":"function"'),
+        (CHAT, "tool_choice", "required", 'it must be "none" or "auto", got "required"'),
+        (CHAT, "functions", [{"name": "f"}], "it must be []"),
+        (CHAT, "logit_bias", {"5": -100}, "it must be {}"),
+        (CHAT, "modalities", ["text", "audio"], 'it must be ["text"]'),
+        (CHAT, "audio", {"voice": "ash"}, "it must be left out"),
+        (CHAT, "reasoning_effort", "high", 'it must be "none"'),
+        (CHAT, "guided_json", {"a": "b" * 100_000}, "it must be left out"),
+    ],
+)
+@on_event_loop
+async def test_a_field_that_would_change_the_answer_and_is_not_served_is_refused_by_name(path, field, value, rule):
+    body = {"prompt": "a", field: value} if path == COMPLETE else {"messages": HELLO, field: value}
+    answer = await refused(path, json.dumps(body).encode(), 400, f"{field} is not served: {rule}")
+    assert len(answer.content) < 400
+
+
+@on_event_loop
+async def test_a_tool_call_in_a_message_is_refused():
+    message = {"role": "assistant", "content": "", "tool_calls": [{"id": "1", **TOOL}]}
+    await refused(CHAT, json.dumps({"messages": [message]}).encode(), 400, "tool_calls is not served")
 
 
 @on_event_loop

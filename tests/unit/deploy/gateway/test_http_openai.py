@@ -92,6 +92,63 @@ async def test_a_completion_takes_text_or_token_ids_alone_or_in_a_list(prompt):
     assert engine.requests[0].prompt_token_ids == (tuple(tokenizer().encode("Hello")) if text else (9, 8, 7))
 
 
+NULLS = ["temperature", "top_p", "seed", "stop", "n", "presence_penalty", "frequency_penalty", "logprobs"]
+CHAT_NULLS = ["max_tokens", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "response_format"]
+EXTRA_NULLS = ["top_k", "ignore_eos", "repetition_penalty", "min_p"]
+
+
+def nulls(*names):
+    return dict.fromkeys([*NULLS, "stream", "stream_options", "logit_bias", "user", *names])
+
+
+@on_event_loop
+async def test_null_is_a_field_that_was_not_given():
+    engine, extra = ScriptedEngine(), dict.fromkeys(EXTRA_NULLS)
+    async with openai_client(engine) as client:
+        await client.chat.completions.create(model=None, messages=HELLO, **nulls(*CHAT_NULLS), extra_body=extra)
+        completion_nulls = nulls("max_tokens", "echo", "best_of", "suffix")
+        await client.completions.create(model=None, prompt="Hello", **completion_nulls, extra_body=extra)
+        await client.chat.completions.create(model=MODEL, messages=HELLO)
+        await client.completions.create(model=MODEL, prompt="Hello")
+    given_null, left_out = (
+        [(request.max_tokens, request.ignore_eos) for request in part]
+        for part in (engine.requests[:2], engine.requests[2:])
+    )
+    assert given_null == left_out
+
+
+@on_event_loop
+async def test_null_in_the_stream_options_is_a_field_that_was_not_given():
+    async with openai_client(ScriptedEngine()) as client:
+        stream = await client.chat.completions.create(
+            model=MODEL, messages=HELLO, stream=True, stream_options={"include_usage": None}
+        )
+        assert {chunk.usage async for chunk in stream} == {None}
+
+
+HARMLESS = {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "logit_bias": {}}
+
+
+@on_event_loop
+async def test_fields_that_say_nothing_about_the_answer_are_ignored():
+    async with openai_client(ScriptedEngine(steps_of(ANSWER))) as client:
+        chat = await client.chat.completions.create(
+            model=MODEL,
+            messages=[*HELLO, {"role": "assistant", "content": "Hi", "name": "a", "tool_calls": [], "refusal": None}],
+            response_format={"type": "text"},
+            tools=[],
+            tool_choice="auto",
+            modalities=["text"],
+            parallel_tool_calls=True,
+            **HARMLESS,
+        )
+        extra = {**HARMLESS, "min_p": 0, "unknown_field": 1}
+        completion = await client.completions.create(
+            model=MODEL, prompt="Hello", echo=False, best_of=1, suffix="", extra_body=extra
+        )
+    assert (chat.choices[0].message.content, completion.choices[0].text) == (ANSWER, ANSWER)
+
+
 @pytest.mark.parametrize("stop", ["are", ["never", "are"]])
 @on_event_loop
 async def test_a_stop_string_ends_the_answer(stop):
@@ -198,6 +255,22 @@ async def test_what_fails_before_the_first_token_has_its_own_status(stream):
             await client.chat.completions.create(model=MODEL, messages=HELLO, stream=stream)
     assert failure.value.status_code == 503
     assert failure.value.body["message"] == "no replica"
+
+
+@pytest.mark.parametrize("kind", [TimeoutError, ConnectionError, OSError])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("num_steps", [1, 3], ids=["before the first token", "between tokens"])
+@on_event_loop
+async def test_an_engine_that_fails_as_a_connection_does_is_an_internal_error(kind, stream, num_steps):
+    async def ask(client):
+        answer = await client.chat.completions.create(model=MODEL, messages=HELLO, stream=stream)
+        return [chunk async for chunk in answer]
+
+    async with openai_client(ScriptedEngine([(300,)] * num_steps, error=kind("secret path"))) as client:
+        with pytest.raises(openai.APIError, match="internal error") as failure:
+            await ask(client)
+    begun = stream and num_steps > 1  # then the status is sent already
+    assert isinstance(failure.value, openai.InternalServerError) == (not begun)
 
 
 @pytest.mark.parametrize(
