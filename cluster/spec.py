@@ -19,7 +19,8 @@ class CellSpec:
     dtype: str  # "float32" | "bfloat16"
     limits: EngineLimits
     host: str = "127.0.0.1"  # the interface that ranks of this host meet on
-    join_timeout_s: float = 120.0
+    load_timeout_s: float = 1800.0  # from a rank's start until its weights are in memory
+    join_timeout_s: float = 60.0  # all ranks must have joined an epoch by then
     exchange_timeout_s: float = 60.0
     log_level: str = "INFO"
     expert_resource: str | None = None  # a custom Ray resource that expert actors ask 1 of

@@ -40,6 +40,7 @@ def build_cell_spec(settings: ShoalSettings) -> CellSpec:
         device=cell.device,
         dtype=cell.dtype,
         limits=limits,
+        load_timeout_s=cell.load_timeout_s,
         join_timeout_s=cell.join_timeout_s,
         exchange_timeout_s=cell.exchange_timeout_s,
         log_level=settings.log.level,

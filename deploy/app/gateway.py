@@ -25,7 +25,7 @@ from deploy.text import ChatTokenizer
 from model_shards.config import load_model_config
 from model_shards.errors import UnavailableError
 
-# Beside cell.join_timeout_s, which bounds loading and joining: an attention replica's process.
+# Beside the bounds of loading and joining: an attention replica's process.
 _SERVE_START_S = 60.0
 
 
@@ -79,7 +79,8 @@ class GatewayIngress:
         )
         self._servicer = InferenceServicer(self.gateway)
         # Constructed means healthy to Serve, and SERVING to clients: not before an attention replica can answer.
-        await asyncio.wait_for(attention.load.remote(), settings.cell.join_timeout_s + _SERVE_START_S)
+        timeout_s = settings.cell.load_timeout_s + settings.cell.join_timeout_s + _SERVE_START_S
+        await asyncio.wait_for(attention.load.remote(), timeout_s)
 
     async def ChatCompletion(
         self, request: pb.ChatCompletionRequest, grpc_context: RayServegRPCContext

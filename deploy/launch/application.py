@@ -24,7 +24,7 @@ from model_shards.errors import UnavailableError
 logger = logging.getLogger(__name__)
 
 _Actor: TypeAlias = ray.actor.ActorHandle
-# Beside cell.join_timeout_s, which bounds loading and joining: Serve's controller, proxies and worker processes.
+# Beside the bounds of loading and joining: Serve's controller, proxies and worker processes.
 _SERVE_START_S = 60.0
 _POLL_S = 0.1
 _CALL_S = 15.0
@@ -40,7 +40,7 @@ def running_application(settings: ShoalSettings, spec: CellSpec, ui: ServeUi) ->
     try:
         # The experts load while Serve starts: on two cores that is most of the start.
         coordinator.start.remote()
-        deadline = time.monotonic() + spec.join_timeout_s + _SERVE_START_S
+        deadline = time.monotonic() + spec.load_timeout_s + spec.join_timeout_s + _SERVE_START_S
         serve.start(
             proxy_location=ProxyLocation.HeadOnly if settings.ray.address is None else ProxyLocation.EveryNode,
             http_options=HTTPOptions(host=settings.server.host, port=settings.server.http_port),
@@ -90,7 +90,7 @@ def _cell_status(coordinator: _Actor) -> CellStatus | None:
 
 
 def _why_not_running(failed: bool, application: ApplicationStatusOverview | None, status: CellStatus | None) -> str:
-    said = ["the cell failed to start" if failed else "the cell did not start in time (cell.join_timeout_s)"]
+    said = ["the cell failed to start" if failed else "the cell did not start in time (cell.load_timeout_s, cell.join_timeout_s)"]
     if status is None:
         said.append("its coordinator does not answer")
     else:
