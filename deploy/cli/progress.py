@@ -31,8 +31,8 @@ class ServeUi(Protocol):
         """The service answers at these addresses."""
         ...
 
-    def draining(self, num: int) -> None:
-        """A signal came; `num` requests still run (0: unknown or none)."""
+    def draining(self) -> None:
+        """A signal came; requests that still run may end."""
         ...
 
 
@@ -68,9 +68,8 @@ class PlainServeUi:
         self._say(f"started in {self._clock() - self._begun:.1f} s: {self._spent()}")
         click.echo(f"shoal: ready grpc={grpc} http={http} model={model}")
 
-    def draining(self, num: int) -> None:
-        waiting = f"waiting for {num} running requests" if num else "letting running requests end"
-        self._say(f"stopping, {waiting}; Ctrl-C again stops at once")
+    def draining(self) -> None:
+        self._say("stopping, letting running requests end; Ctrl-C again stops at once")
 
     def _spent(self) -> str:
         ends = [begun for _, begun in self._stages[1:]] + [self._clock()]

@@ -1,11 +1,17 @@
 """`shoal serve`."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from model_shards.errors import ConfigError
+
+if TYPE_CHECKING:
+    from deploy.launch.signals import StopSignals
 
 _Value = str | int | float | bool | None
 
@@ -25,10 +31,7 @@ _Value = str | int | float | bool | None
 @click.option("--http-port", type=int, help="0 picks a free port.  [default: 8000]")
 @click.option("--address", metavar="RAY", help="Run on this Ray cluster instead of starting Ray here.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other key, as engine.max_num_seqs=8.")
-@click.pass_context
 def serve(
-    ctx: click.Context,
-    /,
     config_path: Path | None,
     model: str | None,
     name: str | None,
@@ -57,10 +60,8 @@ def serve(
     shoal serve --model /models/DeepSeek-V2-Lite-Chat --device cuda --attention-replicas 1 --expert-shards 2
     shoal serve --config shoal.yaml --grpc-port 0 --http-port 0
     """
-    from cluster.logs import configure_logging
-    from deploy.cli.progress import make_serve_ui
-    from deploy.config import ShoalConfig, default_config_path
-    from deploy.preflight import preflight
+    # Before anything slow: from here on a signal stops the start in order, wherever it stands.
+    from deploy.launch.signals import StartInterrupted, StopSignals
 
     flags: dict[str, _Value] = {
         "model.path": model,
@@ -74,21 +75,37 @@ def serve(
         "server.http_port": http_port,
         "ray.address": address,
     }
-    overrides = dict(parse_setting(text) for text in settings)
-    overrides |= {key: value for key, value in flags.items() if value is not None}
-    loaded = ShoalConfig.load(config_path or default_config_path(), overrides)
-    configure_logging("serve", "-", loaded.log.level)
+    signals = StopSignals()
+    with signals.installed():
+        try:
+            _serve(config_path, flags, settings, signals)
+        except StartInterrupted:
+            click.echo("shoal: stopped before it was ready", err=True)
+
+
+def _serve(config_path: Path | None, flags: dict[str, _Value], settings: tuple[str, ...], signals: StopSignals) -> None:
+    """Returns once a signal has stopped the service. Raises StartInterrupted when it came before `ready`."""
+    with signals.interrupting():
+        from cluster.logs import configure_logging
+        from deploy.cli.progress import make_serve_ui
+        from deploy.config import ShoalConfig, default_config_path
+        from deploy.preflight import preflight
+
+        overrides = dict(parse_setting(text) for text in settings)
+        overrides |= {key: value for key, value in flags.items() if value is not None}
+        loaded = ShoalConfig.load(config_path or default_config_path(), overrides)
+        configure_logging("serve", "-", loaded.log.level)
     if loaded.ray.address is None:
         # Read when Ray is first imported: a Ray of our own listens on loopback alone, as no other machine may join it.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     with make_serve_ui() as ui:
-        ui.stage("checking checkpoint, ports and devices")
-        ready_to_start = preflight(loaded)
-        # Imported late: Ray takes seconds, and what preflight refuses should be told before that.
-        from deploy.launch import run_service
-
-        status = run_service(ready_to_start, ui)
-    ctx.exit(status)
+        with signals.interrupting():
+            ui.stage("checking checkpoint, ports and devices")
+            ready_to_start = preflight(loaded)
+            # Imported late: Ray takes seconds, and what preflight refuses should be told before that.
+            ui.stage("importing Ray")
+            from deploy.launch.service import run_service
+        run_service(ready_to_start, ui, signals)
 
 
 def parse_setting(text: str) -> tuple[str, _Value]:

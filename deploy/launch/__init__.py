@@ -3,7 +3,3 @@
 ray (own or existing) -> coordinator and expert actors -> Serve, its proxies, the application
 -> a real token through every expert shard -> ready -> a signal -> drain -> everything stopped
 """
-
-from deploy.launch.service import run_service
-
-__all__ = ["run_service"]

@@ -18,37 +18,31 @@ logger = logging.getLogger(__name__)
 _WATCH_S = 5.0
 
 
-def run_service(settings: ShoalSettings, ui: ServeUi) -> int:
-    """Runs until a signal; returns the exit status. Raises a ShoalError when the start fails."""
-    signals = StopSignals()
+def run_service(settings: ShoalSettings, ui: ServeUi, signals: StopSignals) -> None:
+    """Runs until one of `signals`, which the caller has installed.
+
+    Raises StartInterrupted for a signal before the service was ready, a ShoalError when the start fails; nothing is
+    left running then.
+    """
     server = settings.server
     grpc_address, http_address = (
         join_address(server.host, server.grpc_port),
         join_address(server.host, server.http_port),
     )
     with ExitStack() as stack:
-        stack.enter_context(signals.installed())
-        try:
-            with signals.interrupting():
-                spec = build_cell_spec(settings)
-                ui.stage("starting Ray")
-                runtime = stack.enter_context(ray_runtime(settings, spec, signals))
-                ui.stage("starting the cell")
-                stack.enter_context(running_application(settings, spec, ui))
-                ui.stage("passing a first token through every expert shard")
-                warm_up(grpc_address, spec)
-        except BaseException:
-            # Not only StartInterrupted: raised inside Ray's compiled code it may come out as another exception.
-            if not signals.raised:
-                raise
-            log_event(logger, "start interrupted")
-            return 0
+        with signals.interrupting():
+            spec = build_cell_spec(settings)
+            ui.stage("starting Ray")
+            runtime = stack.enter_context(ray_runtime(settings, spec, signals))
+            ui.stage("starting the cell")
+            stack.enter_context(running_application(settings, spec, ui))
+            ui.stage("passing a first token through every expert shard")
+            warm_up(grpc_address, spec)
         ui.ready(grpc_address, http_address, settings.model.name)
         _watch(runtime, signals)
-        ui.draining(0)
+        ui.draining()
         if not drain_application(server.drain_timeout_s):
             log_event(logger, "requests cut short", logging.WARNING, drain_timeout_s=server.drain_timeout_s)
-    return 0
 
 
 def join_address(host: str, port: int) -> str:

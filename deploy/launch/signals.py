@@ -18,7 +18,10 @@ class StartInterrupted(BaseException):
 
 
 class StopSignals:
-    """First signal: `wait` returns, or the start is interrupted. Second: all our processes end at once, status 1."""
+    """First signal: `wait` returns, or the start is interrupted. Second: all our processes end at once, status 1.
+
+    installed() { interrupting() { the start } wait() the stop }
+    """
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -52,10 +55,20 @@ class StopSignals:
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Inside the block the first signal raises StartInterrupted in the main thread."""
+        """Inside the block the first signal raises StartInterrupted in the main thread.
+
+        Whatever becomes of it there, a block during which or before which a signal came ends with StartInterrupted:
+        raised inside an import or Ray's compiled code it may be swallowed, or come out as another exception.
+        """
         self._starting = True
         try:
+            self._check()
             yield
+            self._check()
+        except BaseException as error:
+            if not self.raised or isinstance(error, StartInterrupted):
+                raise
+            raise StartInterrupted from error
         finally:
             self._starting = False
 
@@ -67,6 +80,10 @@ class StopSignals:
     def wait(self, timeout_s: float) -> bool:
         """Blocks for a signal; whether one came."""
         return self._event.wait(timeout_s)
+
+    def _check(self) -> None:
+        if self.raised:
+            raise StartInterrupted
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
         if self._event.is_set():

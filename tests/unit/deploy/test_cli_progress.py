@@ -15,7 +15,7 @@ def drive(ui):
         ui.loading("E0", done * 10**6, 100 * 10**6)
     ui.loading("A0", 5, 0)
     ui.ready("127.0.0.1:9000", "127.0.0.1:8000", "tiny")
-    ui.draining(0)
+    ui.draining()
 
 
 def test_without_a_terminal_there_are_plain_lines_and_no_bars(capsys):
