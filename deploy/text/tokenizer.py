@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 
 from deploy.text.messages import ChatMessage
 from deploy.text.template import ChatTemplate
+from deploy.text.token_bytes import TokenBytes
 from model_shards.errors import CheckpointError, InvalidRequestError
 from model_shards.json_keys import JsonKeys
 
@@ -44,6 +45,7 @@ class ChatTokenizer:
         self._surround = surround
         self._template = template
         added = tokenizer.get_added_tokens_decoder()
+        self._bytes = TokenBytes(tokenizer)
         self._without_text = frozenset(token_id for token_id, token in added.items() if token.special)
 
     @classmethod
@@ -91,6 +93,14 @@ class ChatTokenizer:
     def has_text(self, token_id: int) -> bool:
         """Whether `decode` shows the token: it exists and is not special."""
         return token_id not in self._without_text and self._tokenizer.id_to_token(token_id) is not None
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token adds within a text; a special token's are its own text, those of no token empty."""
+        return self._bytes.bytes_of(token_id)
+
+    def token_text(self, token_id: int) -> str:
+        r"""One token as text, no two alike: its own text, or `bytes:\xf0\x9f` where that is no whole UTF-8."""
+        return self._bytes.text_of(token_id)
 
     def render_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
         """Tokens of a conversation up to where the assistant's answer begins; the template alone adds special tokens.
