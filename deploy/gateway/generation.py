@@ -39,6 +39,7 @@ class GenerationEvent:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    text_offsets: tuple[int, ...] = ()  # of each token: characters of the answer's text before it
 
 
 class Generation:
@@ -115,8 +116,10 @@ class Generation:
         if output.finish_reason is FinishReason.ERROR:
             raise UnavailableError(output.error or "the engine ended the request with an error")
         text, taken, stopped = "", 0, False
+        offsets: list[int] = []
         # One by one: an output may hold many tokens, and those behind a stop string are not part of the answer.
         while taken < len(output.token_ids) and not stopped:
+            offsets.append(self._detokenizer.num_characters)
             delta = self._detokenizer.push(output.token_ids[taken : taken + 1])
             text, taken, stopped = text + delta.text, taken + 1, delta.stopped
         reason = output.finish_reason
@@ -126,7 +129,7 @@ class Generation:
             reason = FinishReason.STOP if stopped or last.stopped else reason
         self._num_generated += taken
         usage = None if reason is None else Usage(len(self._request.prompt_token_ids), self._num_generated)
-        return GenerationEvent(text, output.token_ids[:taken], reason, usage, output.logprobs[:taken])
+        return GenerationEvent(text, output.token_ids[:taken], reason, usage, output.logprobs[:taken], tuple(offsets))
 
     def _end(self, ending: str) -> None:
         if self._ended:

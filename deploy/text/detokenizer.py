@@ -31,11 +31,19 @@ class IncrementalDetokenizer:
         self._tokenizer = tokenizer
         self._window = _Window(tokenizer)
         self._stop = StopStrings(stop)
+        self._num_characters = 0
+
+    @property
+    def num_characters(self) -> int:
+        """Whole characters so far, those held back and those of a stop string included: where the next token begins."""
+        return self._num_characters
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:
         """Text that the next tokens make certain. Special tokens and ids without a token have none."""
         pieces = [self._window.push(token_id) for token_id in token_ids if self._tokenizer.has_text(token_id)]
-        return self._stop.push("".join(pieces))
+        text = "".join(pieces)
+        self._num_characters += len(text)
+        return self._stop.push(text)
 
     def finish(self) -> TextDelta:
         """The rest: no more tokens come. Half a character becomes U+FFFD. `stopped` if that completes a stop string."""

@@ -41,7 +41,6 @@ class CompletionAnswer:
         self._model = gateway.model.name
         self._tokenizer = gateway.tokenizer
         self._logprobs = logprobs
-        self._offset = 0
 
     def first(self) -> Json:
         """Nothing comes before the first text."""
@@ -74,15 +73,16 @@ class CompletionAnswer:
     def _choice(self, text: str, reason: str | None, events: Sequence[GenerationEvent]) -> Json:
         logprobs: Json = None
         if self._logprobs:
-            tokens, values, tops, offsets = [], [], [], []
-            for event in events:
-                for token, logprob in zip(event.token_ids, event.logprobs, strict=False):
-                    tokens.append(self._tokenizer.decode([token]))
-                    values.append(_finite(logprob.logprob))
-                    tops.append({self._tokenizer.decode([other]): _finite(value) for other, value in logprob.top})
-                    offsets.append(self._offset)
-                    self._offset += len(tokens[-1])
-            logprobs = {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+            name = self._tokenizer.token_text
+            positions = [position for event in events for position in event.logprobs]
+            logprobs = {
+                "tokens": [name(token) for event in events for token in event.token_ids],
+                "token_logprobs": [_finite(position.logprob) for position in positions],
+                "top_logprobs": [
+                    {name(token): _finite(value) for token, value in position.top} for position in positions
+                ],
+                "text_offset": [offset for event in events for offset in event.text_offsets],
+            }
         return {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
 
@@ -145,7 +145,6 @@ class ChatAnswer:
         return [self._token(token, value) for token, value in logprob.top]
 
     def _token(self, token: int, logprob: float) -> dict[str, Json]:
-        text = self._tokenizer.decode([token])
-        # A token may hold part of a character only: no text, and so no bytes, stand for it.
-        whole = "\ufffd" not in text
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode()) if whole else None}
+        # An id that no token has stands for no bytes.
+        data = list(self._tokenizer.token_bytes(token)) or None
+        return {"token": self._tokenizer.token_text(token), "logprob": _finite(logprob), "bytes": data}

@@ -218,11 +218,45 @@ async def test_chat_log_probabilities_have_one_entry_a_token_and_no_infinity():
 
 
 @on_event_loop
-async def test_a_token_that_is_no_whole_character_has_no_bytes():
-    async with openai_client(ScriptedEngine(steps_of("🐋"), top=())) as client:
-        answer = await client.chat.completions.create(model=MODEL, messages=HELLO, logprobs=True)
+async def test_half_a_character_has_the_bytes_of_its_token_and_an_end_token_its_own_text():
+    text, eos = "ein 🐋", tokenizer().eos_token_ids[0]
+    steps = [*steps_of(text), (eos,)]
+    async with openai_client(ScriptedEngine(steps, FinishReason.STOP, top=((eos, -0.1),))) as client:
+        answer = await client.chat.completions.create(model=MODEL, messages=HELLO, logprobs=True, top_logprobs=1)
+    *entries, last = answer.choices[0].logprobs.content
     assert len(tokens_of("🐋")) > 1
-    assert [entry.bytes for entry in answer.choices[0].logprobs.content] == [None] * len(tokens_of("🐋"))
+    assert bytes(byte for entry in entries for byte in entry.bytes).decode() == text
+    assert entries[-1].token == "bytes:" + "".join(f"\\x{byte:02x}" for byte in entries[-1].bytes)
+    assert (last.token, bytes(last.bytes).decode()) == ("<｜end▁of▁sentence｜>",) * 2
+    assert [top.token for top in last.top_logprobs] == ["<｜end▁of▁sentence｜>"]
+
+
+@on_event_loop
+async def test_tokens_that_are_no_text_alone_do_not_take_each_others_place_among_the_best():
+    halves = list(dict.fromkeys(tokens_of("🐋") + tokens_of("鯱")))
+    unused = [tokenizer().eos_token_ids[0], tokenizer().bos_token_id]
+    top = tuple((token, -1.0 - index) for index, token in enumerate([*halves, *unused]))
+    assert len({tokenizer().decode([token]) for token, _ in top}) < len(top)
+    async with openai_client(ScriptedEngine(steps_of("a"), top=top)) as client:
+        answer = await client.completions.create(model=MODEL, prompt="Hello", logprobs=len(top))
+    (best,) = answer.choices[0].logprobs.top_logprobs
+    assert list(best.values()) == [value for _, value in top]
+
+
+@pytest.mark.parametrize("stop", [None, "鯱 x"])
+@on_event_loop
+async def test_the_offset_of_a_token_is_where_its_text_stands_whatever_the_length_of_characters_in_tokens(stop):
+    text = "ein 🐋🐋 und 鯱 zwei"
+    async with openai_client(ScriptedEngine(steps_of(text), top=())) as client:
+        answer = await client.completions.create(model=MODEL, prompt="Hello", logprobs=0, stop=stop)
+    (choice,) = answer.choices
+    assert choice.text == text
+    pairs = list(zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True))
+    for token, offset in pairs:
+        assert token.startswith("bytes:") or text[offset:].startswith(token)
+    whale = text.index("🐋")
+    assert [offset for _, offset in pairs].count(whale) >= len(tokens_of("🐋")) - 1
+    assert pairs[-1][1] == len(text) - len(pairs[-1][0])
 
 
 @on_event_loop
