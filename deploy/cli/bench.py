@@ -2,12 +2,12 @@
 
 import click
 
-from deploy.cli.status import DEFAULT_ADDRESS
+from deploy.cli.text import address_option, is_text
 
 
 @click.command()
-@click.option("--address", default=DEFAULT_ADDRESS, show_default=True, metavar="HOST:PORT", help="The gRPC port.")
-@click.option("--model", default="", help="Which model.  [default: the served one]")
+@address_option
+@click.option("--model", callback=is_text, default="", help="Which model.  [default: the served one]")
 @click.option("--concurrency", type=click.IntRange(1), default=8, show_default=True, help="Requests at once.")
 @click.option("--num-prompts", type=click.IntRange(1), default=32, show_default=True, help="Requests in all.")
 @click.option("--input-len", type=click.IntRange(1), default=128, show_default=True, help="Tokens of each prompt.")

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from deploy.cli.status import DEFAULT_ADDRESS
+from deploy.cli.text import address_option, check_text, is_text
 
 if TYPE_CHECKING:
     from deploy.client import Sampling
 
 
 @click.command()
-@click.argument("prompt", required=False)
-@click.option("--address", default=DEFAULT_ADDRESS, show_default=True, metavar="HOST:PORT", help="The gRPC port.")
-@click.option("--model", default="", help="Which model.  [default: the served one]")
-@click.option("--system", help="A system message that goes before the conversation.")
+@click.argument("prompt", callback=is_text, required=False)
+@address_option
+@click.option("--model", callback=is_text, default="", help="Which model.  [default: the served one]")
+@click.option("--system", callback=is_text, help="A system message that goes before the conversation.")
 @click.option("--max-tokens", type=click.IntRange(1), help="Longest answer.  [default: what is left of the context]")
 @click.option("--temperature", type=float, help="0 is greedy.  [default: the server's, 1]")
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Makes a sampled answer repeatable.")
@@ -46,7 +46,7 @@ def chat(
 
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
     if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read()
+        prompt = check_text("prompt", sys.stdin.buffer.read().decode(errors="surrogateescape"))
     ctx.exit(run_chat(prompt, address, model, system, sampling))
 
 

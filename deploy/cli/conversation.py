@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import click
 
-from deploy.client import CallError, Message, Piece, Sampling, ShoalClient
+from deploy.cli.text import check_text
+from deploy.client import Message, Piece, Sampling, ShoalClient
+from model_shards.errors import ShoalError
 
 _HELP = "Ctrl-C cancels an answer, /new starts over, /exit or Ctrl-D leaves."
 
@@ -109,8 +111,8 @@ class Conversation:
                     self.turns = []
                     continue
             try:
-                self.ask(line)
-            except CallError as error:
+                self.ask(check_text("the question", line))
+            except ShoalError as error:
                 click.echo(f"shoal: error: {error}", err=True)
 
 

@@ -2,11 +2,11 @@
 
 import click
 
-DEFAULT_ADDRESS = "127.0.0.1:9000"
+from deploy.cli.text import address_option
 
 
 @click.command()
-@click.option("--address", default=DEFAULT_ADDRESS, show_default=True, metavar="HOST:PORT", help="The gRPC port.")
+@address_option
 @click.pass_context
 def status(ctx: click.Context, address: str) -> None:
     """Show whether a service answers, and what it serves. Exits 0 when it takes requests, 1 otherwise.

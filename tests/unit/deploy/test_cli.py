@@ -212,6 +212,38 @@ def test_what_is_piped_in_is_one_prompt():
     assert [message.content for message in script.requests[0].messages] == ["first line\nsecond line\n"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "told"),
+    [
+        (["\udcff"], None, "prompt must be UTF-8: byte 0 is 0xff"),
+        (["what \u00e9\udc80"], None, "prompt must be UTF-8: byte 7 is 0x80"),
+        ([], b"a whale \xc3(", "prompt must be UTF-8: byte 8 is 0xc3"),
+        (["--system", "\udcfe", "hello"], None, "--system must be UTF-8: byte 0 is 0xfe"),
+        (["--model", "\udcfe", "hello"], None, "--model must be UTF-8: byte 0 is 0xfe"),
+        (["--address", "\udcfe:1", "hello"], None, "--address must be UTF-8: byte 0 is 0xfe"),
+    ],
+)
+def test_what_is_not_utf_8_is_refused_by_its_byte_and_never_sent(arguments, stdin, told):
+    script = Script()
+    with scripted_service(script) as address:
+        result = run("chat", "--address", address, *arguments, stdin=stdin)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == [f"shoal: error: {told}"]
+    assert script.requests == []
+
+
+def test_bytes_that_are_not_utf_8_reach_the_check_from_a_real_command_line():
+    ended = subprocess.run(
+        [sys.executable, "-m", "deploy.cli.main", "chat", b"\xff"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert ended.stderr == "shoal: error: prompt must be UTF-8: byte 0 is 0xff\n"
+
+
 def test_a_refused_question_is_one_clear_line():
     refusal = Refusal(grpc.StatusCode.INVALID_ARGUMENT, "temperature must be 0 to 2, got -1")
     with scripted_service(Script(refuse=lambda _: refusal)) as address:
@@ -256,6 +288,13 @@ def test_a_failed_turn_is_told_and_forgotten(monkeypatch, capsys):
     conversation = converse(monkeypatch, script, ["one", "two"])
     assert "shoal: error: RESOURCE_EXHAUSTED: full" in capsys.readouterr().err
     assert conversation.turns == [Message("user", "two"), Message("assistant", "Whales are large.")]
+
+
+def test_a_question_that_is_not_utf_8_is_told_and_the_conversation_goes_on(monkeypatch, capsys):
+    script = Script()
+    converse(monkeypatch, script, ["\udcff", "two"])
+    assert "shoal: error: the question must be UTF-8: byte 0 is 0xff" in capsys.readouterr().err
+    assert [request.messages[-1].content for request in script.requests] == ["two"]
 
 
 def test_ctrl_c_cancels_the_running_answer_on_the_server(monkeypatch, capsys):
