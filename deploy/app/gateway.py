@@ -10,6 +10,7 @@ import ray
 from fastapi import FastAPI
 from grpc_health.v1 import health_pb2
 from ray import serve
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
@@ -19,11 +20,11 @@ from deploy.config import ShoalSettings
 from deploy.gateway import inference_pb2 as pb
 from deploy.gateway.grpc_methods import InferenceServicer
 from deploy.gateway.http import create_http_app
-from deploy.gateway.service import Gateway, GatewayLimits
+from deploy.gateway.service import RETRY_AFTER_S, Gateway, GatewayLimits
 from deploy.gateway.validation import ModelLimits
 from deploy.text import ChatTokenizer
 from model_shards.config import load_model_config
-from model_shards.errors import UnavailableError
+from model_shards.errors import OverloadedError, UnavailableError
 
 # Beside the bounds of loading and joining: an attention replica's process.
 _SERVE_START_S = 60.0
@@ -38,7 +39,8 @@ class ServeEngineClient:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepOutput, None]:
         """Streams from one attention replica; leaving early cancels the request there.
 
-        Raises UnavailableError when the replica was lost; what the replica itself raised comes through as its class.
+        Raises UnavailableError when the replica was lost or Serve has none, OverloadedError when Serve queues no more;
+        what the replica itself raised comes through as its class.
         """
         stream = self._attention.generate.remote(request)
         ended = False
@@ -48,6 +50,11 @@ class ServeEngineClient:
                 yield output
         except ray.exceptions.RayActorError as error:
             raise UnavailableError("the attention replica of this request was lost; send it again") from error
+        except (DeploymentUnavailableError, ReplicaUnavailableError) as error:
+            raise UnavailableError("no attention replica is available; send the request again") from error
+        except BackPressureError as error:
+            retry_after_s = RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
+            raise OverloadedError("the attention replicas have all the requests they take", retry_after_s) from error
         finally:
             if not ended:
                 stream.cancel()
