@@ -1,13 +1,14 @@
 """Messages between the coordinator and the ranks. Ranks call, the coordinator answers: it never calls a rank.
 
-rank                                   coordinator
- | register(registration) ---------------> |
- | next_command(uid) <---- OpenRendezvous- |   rank 0 only
- | rendezvous_opened(uid, epoch, where) -> |
- | next_command(uid) <-------------- Join- |   every member
- | joined(uid, epoch) -------------------> |   all joined: the epoch runs
- | next_command(uid) <------------- Leave- |   end at the next step boundary
- | epoch_ended(uid, epoch, error) -------> |
+rank                                    coordinator
+ | register(registration) ----------------> |
+ | next_command(uid) <----- OpenRendezvous- |   rank 0 only
+ | rendezvous_opened(uid, epoch, where) --> |
+ | next_command(uid) <--------------- Join- |   every member
+ | joined(uid, epoch) --------------------> |   all joined: the epoch runs
+ | next_command(uid) <-------------- Leave- |   end at the next step boundary, or cut the join short
+ | epoch_ended(uid, epoch, error, fault) -> |
+ | unregister(uid) -----------------------> |   before it leaves for good
 """
 
 from dataclasses import dataclass
@@ -20,13 +21,18 @@ from cluster.topology import Role
 
 @dataclass(frozen=True)
 class Registration:
-    """A rank that has its weights loaded and waits for an epoch, or still runs one (after a coordinator restart)."""
+    """A rank that has its weights loaded and waits for an epoch, or joins or runs one.
+
+    Sent again when the coordinator did not answer: it may be another one now, or have missed what was reported.
+    """
 
     uid: str  # unique per process life
     role: Role
     ep_rank: int | None  # expert ranks are made for one slice; attention ranks take any free place
-    membership: Membership | None = None  # the epoch it still runs, if any
+    membership: Membership | None = None  # the epoch it runs, if any
     global_rank: int | None = None
+    highest_epoch: int = 0  # the newest epoch it was told to join
+    ended_epoch: int = 0  # the newest epoch it left
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Join:
 
 @dataclass(frozen=True)
 class Leave:
-    """End this epoch at its next step boundary and report."""
+    """End this epoch at its next step boundary, or give up joining it, and report."""
 
     epoch: int
 
@@ -76,7 +82,8 @@ class RankStatus:
 class LoadingStatus:
     """Progress of one rank that loads its weights."""
 
-    name: str
+    uid: str  # what it will register as
+    name: str  # "E0"; an attention rank has no place yet and goes by the begin of its uid
     done_bytes: int
     total_bytes: int
 
@@ -104,4 +111,6 @@ class CoordinatorClient(Protocol):
 
     async def joined(self, uid: str, epoch: int) -> None: ...
 
-    async def epoch_ended(self, uid: str, epoch: int, error: str | None) -> None: ...
+    async def epoch_ended(self, uid: str, epoch: int, error: str | None, is_fault: bool) -> None: ...
+
+    async def unregister(self, uid: str) -> None: ...

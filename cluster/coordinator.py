@@ -8,24 +8,16 @@ The data path never waits for the coordinator: an epoch runs on without it.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
-from cluster.control import (
-    CellState,
-    CellStatus,
-    Command,
-    Join,
-    Leave,
-    LoadingStatus,
-    OpenRendezvous,
-    RankStatus,
-    Registration,
-)
+from cluster.backoff import EpochBackoff
+from cluster.control import CellState, CellStatus, Command, Join, Leave, LoadingStatus, OpenRendezvous, Registration
 from cluster.logs import log_event
 from cluster.membership import Membership, Rendezvous
 from cluster.rank_agent import POLL_S
+from cluster.roster import Rank, Roster
 from cluster.topology import Role, Topology
 from model_shards.errors import UnavailableError
 from model_shards.placement import ExpertPlacement
@@ -35,17 +27,6 @@ logger = logging.getLogger(__name__)
 # A rank asks every POLL_S; one that missed two questions is lost.
 SILENCE_S = 2.5 * POLL_S
 _ROLL_CALL_S = 15.0
-_RETRY_S = 1.0
-
-
-@dataclass
-class _Rank:
-    registration: Registration
-    last_seen: float
-    mailbox: "asyncio.Queue[Command]" = field(default_factory=asyncio.Queue)
-    commanded_epoch: int = 0  # the last epoch it was told to join
-    joined_epoch: int = 0
-    ended_epoch: int = 0
 
 
 class Coordinator:
@@ -66,10 +47,11 @@ class Coordinator:
         self._join_timeout_s = join_timeout_s
         self._exchange_timeout_s = exchange_timeout_s
         self._clock = clock
-        self._ranks: dict[str, _Rank] = {}
-        self._places: list[str | None] = [None] * topology.world_size
+        self._roster = Roster(topology)
+        self._backoff = EpochBackoff(clock)
         self._state = CellState.WAITING
         self._epoch = 0
+        self._highest_epoch = 0  # that any rank ever heard of; the next one is above it
         self._rendezvous: Rendezvous | None = None
         self._loading: dict[str, LoadingStatus] = {}
         self._last_error: str | None = None
@@ -78,15 +60,32 @@ class Coordinator:
     # What ranks call: CoordinatorClient.
 
     async def register(self, registration: Registration) -> None:
-        """Takes a rank in; it gets its place, a free attention place, or stands by."""
+        """Takes a rank in; it gets its place, a free attention place, or stands by.
+
+        A rank that is known keeps its place and its commands: it only was not heard for a while.
+        """
         async with self._changed:
-            rank = _Rank(registration, self._clock())
-            self._ranks[registration.uid] = rank
-            self._take_place(registration)
+            self._loading.pop(registration.uid, None)
+            self._highest_epoch = max(self._highest_epoch, registration.highest_epoch)
+            held = self._roster.members()
+            rank = self._roster.register(registration, self._clock())
+            if self._state is CellState.RUNNING and not all(self._roster.is_here(member) for member in held):
+                self._state = CellState.ENDING
+            if self._state is CellState.ENDING and rank.is_busy:
+                # It may have missed the word of before.
+                rank.mailbox.put_nowait(Leave(rank.commanded_epoch))
             if registration.membership is not None:
                 self._adopt(rank, registration.membership)
-            log_event(logger, "rank registered", uid=registration.uid, place=self._name_of(registration.uid))
+            log_event(logger, "rank registered", uid=rank.uid, place=self._roster.name_of(rank.uid))
             self._changed.notify_all()
+
+    async def unregister(self, uid: str) -> None:
+        """A rank leaves for good; call it before it leaves its epoch, so that no other is built with it."""
+        async with self._changed:
+            if self._roster.get(uid) is not None:
+                log_event(logger, "rank leaves", uid=uid, place=self._roster.name_of(uid))
+                self._drop(uid)
+                self._changed.notify_all()
 
     async def next_command(self, uid: str, timeout_s: float) -> Command | None:
         """The next command for a rank, or None after `timeout_s`. Raises UnavailableError for one not registered."""
@@ -113,13 +112,18 @@ class Coordinator:
             rank.joined_epoch = max(rank.joined_epoch, epoch)
             self._changed.notify_all()
 
-    async def epoch_ended(self, uid: str, epoch: int, error: str | None) -> None:
-        """A rank left an epoch: in order, or because it was aborted there."""
+    async def epoch_ended(self, uid: str, epoch: int, error: str | None, is_fault: bool) -> None:
+        """A rank left an epoch: in order, because it was aborted there, or by an error of its own (`is_fault`)."""
         rank = self._seen(uid)
         async with self._changed:
             rank.ended_epoch = max(rank.ended_epoch, epoch)
             if error is not None:
-                self._last_error = f"{self._name_of(uid)}: {error}"
+                self._last_error = f"{self._roster.name_of(uid)}: {error}"
+            if is_fault:
+                place = self._roster.name_of(uid)
+                log_event(logger, "rank failed", logging.ERROR, place=place, uid=uid, epoch=epoch, error=error)
+            if is_fault and epoch == self._epoch:
+                self._backoff.epoch_failed(epoch)
             if epoch == self._epoch and self._state is CellState.RUNNING:
                 self._state = CellState.ENDING
             self._changed.notify_all()
@@ -128,7 +132,11 @@ class Coordinator:
 
     def report_loading(self, loading: LoadingStatus) -> None:
         """Progress of a rank that is not registered yet."""
-        self._loading[loading.name] = loading
+        if self._roster.get(loading.uid) is not None:
+            return
+        # An expert rank that was started again has another uid and the same name.
+        others = {uid: other for uid, other in self._loading.items() if other.name != loading.name}
+        self._loading = {**others, loading.uid: loading}
 
     def report_failure(self, name: str, error: str) -> None:
         """A rank that is not registered cannot start; told to whoever waits for the cell."""
@@ -137,10 +145,9 @@ class Coordinator:
 
     def status(self) -> CellStatus:
         """A snapshot."""
-        now = self._clock()
-        ranks = tuple(RankStatus(self._name_of(uid), uid, now - rank.last_seen) for uid, rank in self._ranks.items())
+        ranks = self._roster.statuses(self._clock())
         loading = tuple(self._loading.values())
-        return CellStatus(self._state, self._epoch, self._missing(), ranks, loading, self._last_error)
+        return CellStatus(self._state, self._epoch, self._roster.missing(), ranks, loading, self._last_error)
 
     async def wait_running(self, timeout_s: float) -> CellStatus:
         """Returns once an epoch runs. Raises UnavailableError naming what is missing when the time is up."""
@@ -148,7 +155,7 @@ class Coordinator:
             async with asyncio.timeout(timeout_s), self._changed:
                 await self._changed.wait_for(lambda: self._state is CellState.RUNNING)
         except TimeoutError:
-            missing = ", ".join(self._missing()) or "none"
+            missing = ", ".join(self._roster.missing()) or "none"
             raise UnavailableError(
                 f"the cell did not form within {timeout_s:g} s: state {self._state.value}, missing ranks: {missing}, "
                 f"last error: {self._last_error or 'none'}"
@@ -158,36 +165,66 @@ class Coordinator:
     async def run(self) -> None:
         """Forms epochs, for ever; run it as one task."""
         while True:
-            await self._until(lambda: self._state is not CellState.RUNNING and not self._missing(), POLL_S)
-            self._drop_silent()
+            await self._until(self._is_work_to_do, POLL_S)
             if self._state is CellState.ENDING:
                 await self._roll_call()
-            elif self._state is CellState.WAITING and not self._missing():
-                held = [self._ranks[uid] for uid in self._places if uid is not None]
-                if any(rank.joined_epoch > rank.ended_epoch for rank in held):
+            elif self._is_work_to_do():
+                if any(member.is_busy for member in self._roster.members()):
                     # An epoch of before this coordinator's start still runs on some: they must leave it first.
                     await self._roll_call()
+                elif pause_s := self._backoff.take():
+                    await asyncio.sleep(pause_s)
                 else:
                     await self._form()
 
     # Policy.
 
+    def _is_work_to_do(self) -> bool:
+        if self._state is CellState.ENDING:
+            return True
+        return self._state is CellState.WAITING and not self._roster.missing()
+
     async def _form(self) -> None:
-        """Builds the next epoch; on failure the cell is WAITING again, without the ranks that did not answer."""
-        self._epoch += 1
+        """Builds the next epoch; on failure it is ENDING, and the roll call tells who is still there.
+
+        A member that ends the epoch, is replaced or leaves fails it at once: the rest must not wait for their deadline.
+        """
+        self._epoch = epoch = max(self._epoch, self._highest_epoch) + 1
         self._state = CellState.FORMING
         self._rendezvous = None
-        epoch = self._epoch
-        members = [self._ranks[uid] for uid in self._places if uid is not None]
+        members = self._roster.members()
+
+        def is_gone() -> bool:
+            return not all(self._roster.is_here(member) for member in members)
+
+        def is_broken() -> bool:
+            return is_gone() or any(member.ended_epoch >= epoch for member in members)
+
+        def is_formed() -> bool:
+            return all(member.joined_epoch == epoch for member in members) and not is_broken()
+
         members[0].mailbox.put_nowait(OpenRendezvous(epoch))
-        if not await self._until(lambda: self._rendezvous is not None, _ROLL_CALL_S) or self._rendezvous is None:
-            await self._failed_to_form(members[:1], f"A0 did not open the rendezvous of epoch {epoch}")
-            return
+        await self._until(lambda: self._rendezvous is not None or is_gone(), _ROLL_CALL_S)
+        if is_gone():
+            self._failed_to_form("a rank was lost", is_explained=True)
+        elif self._rendezvous is None:
+            self._drop(members[0].uid)
+            self._failed_to_form("A0 did not open the rendezvous", is_explained=False)
+        else:
+            self._tell_to_join(members, epoch, self._rendezvous)
+            # The ranks' own deadline names who is missing; this one is for a rank that does not keep it.
+            await self._until(lambda: is_formed() or is_broken(), self._join_timeout_s + _ROLL_CALL_S)
+            if is_formed():
+                await self._begin_running(len(members))
+            else:
+                self._failed_to_form("not all ranks joined", is_explained=is_gone())
+
+    def _tell_to_join(self, members: list[Rank], epoch: int, rendezvous: Rendezvous) -> None:
         membership = Membership(
             epoch,
             self._topology,
             self._placement,
-            self._rendezvous,
+            rendezvous,
             self._backend,
             self._join_timeout_s,
             self._exchange_timeout_s,
@@ -195,107 +232,80 @@ class Coordinator:
         for global_rank, member in enumerate(members):
             member.commanded_epoch = epoch
             member.mailbox.put_nowait(Join(membership, global_rank))
-        # The ranks' own deadline names who is missing; this one only catches ranks that died while joining.
-        await self._until(
-            lambda: all(m.joined_epoch == epoch or m.ended_epoch == epoch for m in members),
-            self._join_timeout_s + _ROLL_CALL_S,
-        )
-        if all(m.joined_epoch == epoch and m.ended_epoch < epoch for m in members):
-            async with self._changed:
-                self._state = CellState.RUNNING
-                self._last_error = None
-                self._changed.notify_all()
-            log_event(logger, "epoch running", epoch=epoch, ranks=len(members))
-            return
-        silent = [m for m in members if m.joined_epoch < epoch and m.ended_epoch < epoch]
-        await self._failed_to_form(silent, f"not all ranks joined epoch {epoch}")
 
-    async def _failed_to_form(self, lost: list[_Rank], error: str) -> None:
+    async def _begin_running(self, num_ranks: int) -> None:
+        async with self._changed:
+            self._state = CellState.RUNNING
+            self._last_error = None
+            # Whoever still loads says so again in a moment; a process that died while loading never will.
+            self._loading.clear()
+            self._backoff.epoch_runs()
+            self._changed.notify_all()
+        log_event(logger, "epoch running", epoch=self._epoch, ranks=num_ranks)
+
+    def _failed_to_form(self, error: str, is_explained: bool) -> None:
+        """`is_explained`: a rank was lost meanwhile, so trying again at once is no repetition."""
         log_event(logger, "epoch failed to form", logging.ERROR, epoch=self._epoch, error=error)
-        self._last_error = self._last_error or error
-        for rank in lost:
-            self._drop(rank.registration.uid)
+        self._last_error = self._last_error or f"epoch {self._epoch}: {error}"
+        if not is_explained:
+            self._backoff.epoch_failed(self._epoch)
         self._state = CellState.ENDING
-        await asyncio.sleep(_RETRY_S)
 
     async def _roll_call(self) -> None:
-        """Asks every member to leave the epoch; who does not answer is lost and frees its place."""
-        epoch = self._epoch
-        members = [self._ranks[uid] for uid in self._places if uid is not None]
+        """Asks every member to leave its epoch; who does not answer is lost and frees its place."""
+        members = self._roster.members()
         for member in members:
-            if member.ended_epoch < epoch and member.commanded_epoch == epoch:
-                member.mailbox.put_nowait(Leave(epoch))
-        await self._until(lambda: all(m.ended_epoch >= m.commanded_epoch for m in members), _ROLL_CALL_S)
-        for member in members:
-            if member.ended_epoch < member.commanded_epoch:
-                log_event(logger, "rank lost", logging.WARNING, uid=member.registration.uid)
-                self._drop(member.registration.uid)
+            if member.is_busy:
+                member.mailbox.put_nowait(Leave(member.commanded_epoch))
+
+        def unheard() -> list[Rank]:
+            return [member for member in members if member.is_busy and self._roster.is_here(member)]
+
+        await self._until(lambda: not unheard(), _ROLL_CALL_S)
+        for member in unheard():
+            log_event(logger, "rank lost", logging.WARNING, place=self._roster.name_of(member.uid), uid=member.uid)
+            self._drop(member.uid)
         self._state = CellState.WAITING
 
     def _drop_silent(self) -> None:
-        now = self._clock()
-        silent = [uid for uid, rank in self._ranks.items() if now - rank.last_seen > SILENCE_S]
-        for uid in silent:
-            log_event(logger, "rank silent", logging.WARNING, uid=uid, place=self._name_of(uid))
-            if uid in self._places and self._state is CellState.RUNNING:
-                self._state = CellState.ENDING
+        for uid in self._roster.silent(self._clock() - SILENCE_S):
+            log_event(logger, "rank silent", logging.WARNING, place=self._roster.name_of(uid), uid=uid)
             self._drop(uid)
 
     def _drop(self, uid: str) -> None:
-        self._ranks.pop(uid, None)
-        self._places = [None if held == uid else held for held in self._places]
-        standbys = [rank.registration for other, rank in self._ranks.items() if other not in self._places]
-        for registration in standbys:
-            self._take_place(registration)
+        if self._roster.has_place(uid) and self._state is CellState.RUNNING:
+            self._state = CellState.ENDING
+        self._roster.drop(uid)
 
-    def _take_place(self, registration: Registration) -> None:
-        if registration.role is Role.EXPERT and registration.ep_rank is not None:
-            place = self._topology.expert_global_rank(registration.ep_rank)
-            old = self._places[place]
-            if old is not None and old != registration.uid:
-                # An expert rank registers for a held place only when its predecessor's process is gone.
-                self._ranks.pop(old, None)
-                if self._state is CellState.RUNNING:
-                    self._state = CellState.ENDING
-            self._places[place] = registration.uid
-            return
-        if registration.uid in self._places:
-            return
-        free = [p for p in range(self._topology.num_attention) if self._places[p] is None]
-        if free:
-            self._places[free[0]] = registration.uid
-
-    def _adopt(self, rank: _Rank, membership: Membership) -> None:
+    def _adopt(self, rank: Rank, membership: Membership) -> None:
         """After a coordinator restart: a rank still runs an epoch; take it over when all its members are back."""
-        if membership.epoch < self._epoch or self._state not in (CellState.WAITING, CellState.RUNNING):
+        if membership.epoch < self._epoch or self._state is not CellState.WAITING:
             return
         self._epoch = membership.epoch
-        rank.commanded_epoch = rank.joined_epoch = membership.epoch
-        place = rank.registration.global_rank
-        if rank.registration.role is Role.ATTENTION and place is not None:
-            self._places = [None if held == rank.registration.uid else held for held in self._places]
-            self._places[place] = rank.registration.uid
-        held = [self._ranks[uid] for uid in self._places if uid is not None]
-        if not self._missing() and all(member.joined_epoch == membership.epoch for member in held):
+        if rank.registration.role is Role.ATTENTION and rank.registration.global_rank is not None:
+            self._roster.put(rank, rank.registration.global_rank)
+        members = self._roster.members()
+        runs = [m.is_busy and m.joined_epoch == m.commanded_epoch == self._epoch for m in members]
+        if not self._roster.missing() and all(runs):
             self._state = CellState.RUNNING
+            self._backoff.epoch_runs()
 
-    def _missing(self) -> tuple[str, ...]:
-        return tuple(self._topology.name(place) for place, uid in enumerate(self._places) if uid is None)
-
-    def _name_of(self, uid: str) -> str:
-        return self._topology.name(self._places.index(uid)) if uid in self._places else "standby"
-
-    def _seen(self, uid: str) -> _Rank:
-        rank = self._ranks.get(uid)
+    def _seen(self, uid: str) -> Rank:
+        rank = self._roster.get(uid)
         if rank is None:
             raise UnavailableError(f"rank {uid} is not registered with this coordinator; register again")
         rank.last_seen = self._clock()
         return rank
 
-    async def _until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
-        try:
-            async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(condition)
-        except TimeoutError:
-            return condition()
-        return True
+    async def _until(self, condition: Callable[[], bool], timeout_s: float) -> None:
+        """Waits until `condition` holds, asking it after every change. Drops ranks that fall silent meanwhile."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        while True:
+            self._drop_silent()
+            left_s = deadline - loop.time()
+            if condition() or left_s <= 0:
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(left_s, POLL_S)), self._changed:
+                    await self._changed.wait_for(condition)

@@ -1,8 +1,9 @@
 """The control side of a rank: registers with the coordinator, carries out its commands, reports what happened."""
 
 import asyncio
+import dataclasses
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -10,7 +11,6 @@ from cluster.control import Command, CoordinatorClient, Join, Leave, OpenRendezv
 from cluster.epoch_thread import EpochEnd
 from cluster.logs import log_event
 from cluster.membership import Membership, Rendezvous
-from cluster.topology import Role
 from model_shards.errors import ShoalError, UnavailableError
 
 logger = logging.getLogger(__name__)
@@ -39,30 +39,41 @@ class RankAgent:
     def __init__(
         self,
         client: CoordinatorClient,
-        uid: str,
-        role: Role,
-        ep_rank: int | None,
+        identity: Registration,
         runtime: RankRuntime,
         rendezvous_host: RendezvousHost | None,
+        on_place: Callable[[str], None],
     ) -> None:
+        """`identity` is the registration of a rank in no epoch; `on_place` gets the rank's name ("A0") at each join."""
         self._client = client
-        self._uid = uid
-        self._role = role
-        self._ep_rank = ep_rank
+        self._identity = identity
+        self._uid = identity.uid
         self._runtime = runtime
         self._rendezvous_host = rendezvous_host
+        self._on_place = on_place
         self._current: Join | None = None  # told to join, and not ended yet
         self._is_joined = False
+        self._highest_epoch = 0  # told to join
+        self._ended_epoch = 0
+        self._has_left = False
         self._reports: set[asyncio.Task[None]] = set()
         self.first_joined = asyncio.Event()
 
     def epoch_ended(self, end: EpochEnd) -> None:
         """Call on the event loop when the rank's thread left an epoch."""
+        self._ended_epoch = max(self._ended_epoch, end.epoch)
         if self._current is not None and self._current.membership.epoch == end.epoch:
             self._current = None
             self._is_joined = False
-        report = self._client.epoch_ended(self._uid, end.epoch, end.error)
-        self._keep(asyncio.get_running_loop().create_task(self._tell(report)))
+        self._report_end(end)
+
+    async def unregister(self) -> None:
+        """Gives the place up for good: cancel `run`, call this, and only then leave the epoch.
+
+        A coordinator that is away learns of it by this rank's silence.
+        """
+        self._has_left = True
+        await self._tell(self._client.unregister(self._uid))
 
     async def run(self) -> None:
         """Registers and serves commands, for ever; a coordinator that is away is waited for."""
@@ -82,10 +93,11 @@ class RankAgent:
                 await self._carry_out(command)
 
     def _registration(self) -> Registration:
+        told = dataclasses.replace(self._identity, highest_epoch=self._highest_epoch, ended_epoch=self._ended_epoch)
         current = self._current
         if current is None or not self._is_joined:
-            return Registration(self._uid, self._role, self._ep_rank)
-        return Registration(self._uid, self._role, self._ep_rank, current.membership, current.global_rank)
+            return told
+        return dataclasses.replace(told, membership=current.membership, global_rank=current.global_rank)
 
     async def _carry_out(self, command: Command) -> None:
         match command:
@@ -94,15 +106,25 @@ class RankAgent:
                     raise UnavailableError(f"rank {self._uid} cannot serve a rendezvous: it is an expert rank")
                 rendezvous = self._rendezvous_host.open_rendezvous(epoch)
                 await self._tell(self._client.rendezvous_opened(self._uid, epoch, rendezvous))
-            case Join(membership, _):
+            case Join(membership, global_rank):
                 self._current = command
                 self._is_joined = False
-                future = self._runtime.join(membership, command.global_rank)
+                self._highest_epoch = max(self._highest_epoch, membership.epoch)
+                self._on_place(membership.topology.name(global_rank))
+                future = self._runtime.join(membership, global_rank)
                 self._watch_join(membership.epoch, future)
             case Leave(epoch):
                 # A late word about an older epoch must not end the one that runs.
                 if self._current is not None and self._current.membership.epoch == epoch:
                     self._runtime.leave(epoch)
+                else:
+                    # It is over here: the report of that did not arrive.
+                    self._report_end(EpochEnd(epoch, None, is_fault=False))
+
+    def _report_end(self, end: EpochEnd) -> None:
+        if not self._has_left:
+            report = self._client.epoch_ended(self._uid, end.epoch, end.error, end.is_fault)
+            self._keep(asyncio.get_running_loop().create_task(self._tell(report)))
 
     def _watch_join(self, epoch: int, future: "Future[None]") -> None:
         async def wait() -> None:

@@ -13,6 +13,7 @@ from cluster.actors.client import RayCoordinatorClient
 from cluster.actors.coordinator import get_or_create_coordinator
 from cluster.actors.progress import LoadingReporter
 from cluster.attention_replica import AttentionReplica
+from cluster.control import Registration
 from cluster.epoch_thread import EpochEnd
 from cluster.logs import configure_logging
 from cluster.rank_agent import RankAgent
@@ -21,18 +22,24 @@ from cluster.spec import CellSpec
 from cluster.topology import Role
 from model_shards.errors import UnavailableError
 
+# A rank without a place goes by the begin of its uid.
+_NAME_LENGTH = len("attention-") + 8
+
 
 class AttentionRank:
     """One attention replica. Constructed means in an epoch: Serve routes to it only then."""
 
     async def __init__(self, spec: CellSpec) -> None:  # type: ignore[misc]  # Serve awaits it
-        uid = f"attention-{uuid.uuid4().hex}"
-        configure_logging(Role.ATTENTION.value, uid[:16], spec.log_level)
+        identity = Registration(f"{Role.ATTENTION.value}-{uuid.uuid4().hex}", Role.ATTENTION, None)
+        name = identity.uid[:_NAME_LENGTH]
+        self._log_level = spec.log_level
+        self._log_as(name)
         coordinator = get_or_create_coordinator(spec)
         client = RayCoordinatorClient(coordinator)
-        started = coordinator.start.remote()
         loop = asyncio.get_running_loop()
-        progress = LoadingReporter(client, loop, uid[:12])
+        deadline = loop.time() + spec.load_timeout_s + spec.join_timeout_s
+        started = coordinator.start.remote()
+        progress = LoadingReporter(client, loop, identity.uid, name)
         agent: RankAgent | None = None
 
         def epoch_ended(end: EpochEnd) -> None:
@@ -42,19 +49,22 @@ class AttentionRank:
         # Under Ray each rank sees its own GPU only, as number 0.
         # Rank 0 serves the rendezvous where the other nodes reach it; on one machine Ray itself stays on loopback.
         spec = dataclasses.replace(spec, host=ray.util.get_node_ip_address())
-        replica = await asyncio.to_thread(AttentionReplica, spec, 0, loop, epoch_ended, spec.join_timeout_s, progress)
+        # A lost expert shard loads its slice anew before the next epoch is joined.
+        rejoin_timeout_s = spec.load_timeout_s + spec.join_timeout_s
+        replica = await asyncio.to_thread(AttentionReplica, spec, 0, loop, epoch_ended, rejoin_timeout_s, progress)
         self._replica = replica
-        agent = RankAgent(client, uid, Role.ATTENTION, None, replica, replica)
+        self._agent = agent = RankAgent(client, identity, replica, replica, self._log_as)
         self._agent_task = loop.create_task(agent.run())
-        await asyncio.wait_for(started, spec.join_timeout_s)
         try:
-            await asyncio.wait_for(agent.first_joined.wait(), spec.join_timeout_s)
+            async with asyncio.timeout_at(deadline):
+                await started
+                await agent.first_joined.wait()
         except TimeoutError:
-            status = await client.status()
-            raise UnavailableError(
-                f"this attention replica joined no epoch within {spec.join_timeout_s:g} s; "
-                f"missing ranks: {', '.join(status.missing) or 'none'}; last error: {status.last_error or 'none'}"
-            ) from None
+            await self._leave()
+            raise UnavailableError(await _why_in_no_epoch(name, spec, client)) from None
+        except BaseException:
+            await self._leave()
+            raise
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepOutput, None]:
         """See AttentionReplica.generate."""
@@ -73,8 +83,25 @@ class AttentionRank:
 
     async def __del__(self) -> None:
         """Serve calls this when it takes the replica down, after its requests ended."""
+        await self._leave()
+
+    async def _leave(self) -> None:
         self._agent_task.cancel()
+        # Before the epoch is left: else the next one would be built with this replica, which does not join it.
+        await self._agent.unregister()
         await asyncio.to_thread(self._replica.close)
+
+    def _log_as(self, name: str) -> None:
+        configure_logging(Role.ATTENTION.value, name, self._log_level)
+
+
+async def _why_in_no_epoch(name: str, spec: CellSpec, client: RayCoordinatorClient) -> str:
+    status = await client.status()
+    return (
+        f"{name} joined no epoch within cell.load_timeout_s ({spec.load_timeout_s:g}) and cell.join_timeout_s "
+        f"({spec.join_timeout_s:g}); missing ranks: {', '.join(status.missing) or 'none'}; "
+        f"last error: {status.last_error or 'none'}"
+    )
 
 
 AttentionDeployment = serve.deployment(name="attention")(AttentionRank)

@@ -42,9 +42,13 @@ class RayCoordinatorClient:
         """See Coordinator.joined."""
         await self._call(self._actor.joined.remote(uid, epoch), None)
 
-    async def epoch_ended(self, uid: str, epoch: int, error: str | None) -> None:
+    async def epoch_ended(self, uid: str, epoch: int, error: str | None, is_fault: bool) -> None:
         """See Coordinator.epoch_ended."""
-        await self._call(self._actor.epoch_ended.remote(uid, epoch, error), None)
+        await self._call(self._actor.epoch_ended.remote(uid, epoch, error, is_fault), None)
+
+    async def unregister(self, uid: str) -> None:
+        """See Coordinator.unregister."""
+        await self._call(self._actor.unregister.remote(uid), None)
 
     async def report_loading(self, loading: LoadingStatus) -> None:
         """See Coordinator.report_loading."""

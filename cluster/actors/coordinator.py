@@ -12,6 +12,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.actors.client import COORDINATOR_NAME, NAMESPACE
 from cluster.actors.expert import ExpertActor
+from cluster.actors.watch import run_for_ever
 from cluster.control import CellStatus, Command, LoadingStatus, Registration
 from cluster.coordinator import Coordinator
 from cluster.logs import configure_logging, log_event
@@ -70,8 +71,11 @@ class CoordinatorRank:
     async def joined(self, uid: str, epoch: int) -> None:
         await self._coordinator.joined(uid, epoch)
 
-    async def epoch_ended(self, uid: str, epoch: int, error: str | None) -> None:
-        await self._coordinator.epoch_ended(uid, epoch, error)
+    async def epoch_ended(self, uid: str, epoch: int, error: str | None, is_fault: bool) -> None:
+        await self._coordinator.epoch_ended(uid, epoch, error, is_fault)
+
+    async def unregister(self, uid: str) -> None:
+        await self._coordinator.unregister(uid)
 
     async def report_loading(self, loading: LoadingStatus) -> None:
         self._coordinator.report_loading(loading)
@@ -88,22 +92,27 @@ class CoordinatorRank:
         except CapacityError as error:
             self._coordinator.report_failure("experts", str(error))
             raise
-        self._tasks.append(asyncio.create_task(self._coordinator.run()))
-        handle = ray.get_runtime_context().current_actor
-        for ep_rank in range(self._spec.topology.num_expert):
-            actor = ExpertActor.options(
-                name=expert_actor_name(ep_rank),
-                namespace=NAMESPACE,
-                # After a restart of this actor they still run, and so does the epoch they are in.
-                get_if_exists=True,
-                lifetime="detached",
-                num_cpus=self._bundle().get("CPU", 0),
-                num_gpus=self._bundle().get("GPU", 0),
-                max_restarts=-1,
-                max_concurrency=16,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=ep_rank),
-            ).remote(self._spec, ep_rank, handle)
-            self._tasks.append(asyncio.create_task(self._keep_running(actor, ep_rank)))
+        experts = [self._make_expert(group, ep_rank) for ep_rank in range(self._spec.topology.num_expert)]
+        # Last, when nothing can fail any more: whoever calls `start` again must not begin a second time.
+        self._tasks = [
+            run_for_ever(self._keep_running(actor, ep_rank), f"keep E{ep_rank} running")
+            for ep_rank, actor in enumerate(experts)
+        ]
+        self._tasks.append(run_for_ever(self._coordinator.run(), "form epochs"))
+
+    def _make_expert(self, group: PlacementGroup, ep_rank: int) -> ray.actor.ActorHandle:
+        return ExpertActor.options(
+            name=expert_actor_name(ep_rank),
+            namespace=NAMESPACE,
+            # After a restart of this actor they still run, and so does the epoch they are in.
+            get_if_exists=True,
+            lifetime="detached",
+            num_cpus=self._bundle().get("CPU", 0),
+            num_gpus=self._bundle().get("GPU", 0),
+            max_restarts=-1,
+            max_concurrency=16,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=ep_rank),
+        ).remote(self._spec, ep_rank, ray.get_runtime_context().current_actor)
 
     async def _expert_group(self) -> PlacementGroup:
         """The placement group of the experts, one bundle each. Raises CapacityError when the cluster has no room."""

@@ -8,6 +8,7 @@ from ray.actor import ActorHandle
 
 from cluster.actors.client import RayCoordinatorClient
 from cluster.actors.progress import LoadingReporter
+from cluster.control import Registration
 from cluster.epoch_thread import EpochEnd
 from cluster.expert_shard import ExpertShard
 from cluster.logs import configure_logging
@@ -26,7 +27,7 @@ class ExpertRank:
         self._name = spec.topology.name(spec.topology.expert_global_rank(ep_rank))
         self._shard: ExpertShard | None = None
         self._running: asyncio.Task[None] | None = None
-        configure_logging(Role.EXPERT.value, self._name, spec.log_level)
+        self._log_as(self._name)
 
     async def run(self) -> None:
         """Loads the slice, then serves the coordinator's commands; returns only with an error.
@@ -39,7 +40,8 @@ class ExpertRank:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
-        progress = LoadingReporter(self._client, loop, self._name)
+        identity = Registration(f"expert-{uuid.uuid4().hex}", Role.EXPERT, self._ep_rank)
+        progress = LoadingReporter(self._client, loop, identity.uid, self._name)
         agent: RankAgent | None = None
 
         def epoch_ended(end: EpochEnd) -> None:
@@ -49,13 +51,16 @@ class ExpertRank:
         # Under Ray each rank sees its own GPU only, as number 0.
         shard = await asyncio.to_thread(ExpertShard, self._spec, self._ep_rank, 0, epoch_ended, progress)
         self._shard = shard
-        agent = RankAgent(self._client, f"expert-{uuid.uuid4().hex}", Role.EXPERT, self._ep_rank, shard, None)
+        agent = RankAgent(self._client, identity, shard, None, self._log_as)
         try:
             await agent.run()
         finally:
             # Whoever runs it again loads a new one: two slices would not fit.
             self._shard = None
             await asyncio.to_thread(shard.close)
+
+    def _log_as(self, name: str) -> None:
+        configure_logging(Role.EXPERT.value, name, self._spec.log_level)
 
     async def rows_received(self) -> int:
         """Rows this shard has computed; the readiness check waits for the first."""

@@ -13,9 +13,10 @@ _INTERVAL_S = 0.2
 class LoadingReporter:
     """A `Progress` for the weight loaders: called in a worker thread, reports on the event loop."""
 
-    def __init__(self, client: RayCoordinatorClient, loop: asyncio.AbstractEventLoop, name: str) -> None:
+    def __init__(self, client: RayCoordinatorClient, loop: asyncio.AbstractEventLoop, uid: str, name: str) -> None:
         self._client = client
         self._loop = loop
+        self._uid = uid
         self._name = name
         self._last = 0.0
 
@@ -24,7 +25,8 @@ class LoadingReporter:
         if now - self._last < _INTERVAL_S and done_bytes < total_bytes:
             return
         self._last = now
-        asyncio.run_coroutine_threadsafe(self._report(LoadingStatus(self._name, done_bytes, total_bytes)), self._loop)
+        loading = LoadingStatus(self._uid, self._name, done_bytes, total_bytes)
+        asyncio.run_coroutine_threadsafe(self._report(loading), self._loop)
 
     async def _report(self, loading: LoadingStatus) -> None:
         try:
