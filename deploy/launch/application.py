@@ -67,17 +67,29 @@ def drain_application(timeout_s: float) -> bool:
 
 
 def _wait_until_running(coordinator: _Actor, deadline: float, ui: ServeUi) -> None:
+    under_way: dict[str, int] = {}
     while True:
         application = serve.status().applications.get(APP_NAME)
         status = _cell_status(coordinator)
-        for loading in () if status is None else status.loading:
-            ui.loading(loading.name, loading.done_bytes, loading.total_bytes)
+        if status is not None:
+            under_way = _show_loading(under_way, status, ui)
         if application is not None and application.status is ApplicationStatus.RUNNING:
             return
         failed = application is not None and application.status is ApplicationStatus.DEPLOY_FAILED
         if failed or time.monotonic() > deadline:
             raise UnavailableError(_why_not_running(failed, application, status))
         time.sleep(_POLL_S)
+
+
+def _show_loading(under_way: dict[str, int], status: CellStatus, ui: ServeUi) -> dict[str, int]:
+    """Shows who loads; returns the bytes that each of them has to read. Who was among them and is not has read all."""
+    loading = {rank.name: rank.total_bytes for rank in status.loading}
+    for name, total_bytes in under_way.items():
+        if name not in loading:
+            ui.loading(name, total_bytes, total_bytes)
+    for rank in status.loading:
+        ui.loading(rank.name, rank.done_bytes, rank.total_bytes)
+    return loading
 
 
 def _cell_status(coordinator: _Actor) -> CellStatus | None:
@@ -90,7 +102,8 @@ def _cell_status(coordinator: _Actor) -> CellStatus | None:
 
 
 def _why_not_running(failed: bool, application: ApplicationStatusOverview | None, status: CellStatus | None) -> str:
-    said = ["the cell failed to start" if failed else "the cell did not start in time (cell.load_timeout_s, cell.join_timeout_s)"]
+    late = "the cell did not start in time (cell.load_timeout_s, cell.join_timeout_s)"
+    said = ["the cell failed to start" if failed else late]
     if status is None:
         said.append("its coordinator does not answer")
     else:
