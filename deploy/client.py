@@ -67,7 +67,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Piece:
-    """One chunk of an answer; the last one has `finish_reason` ("stop", "length", "cancelled") and `usage`."""
+    """One chunk of an answer; the last one has `finish_reason` ("stop", "length") and `usage`."""
 
     text: str
     num_tokens: int

@@ -109,10 +109,14 @@ def make_gateway(engine: ScriptedEngine, max_requests: int = 4, timeout_s: float
 class _ServeContext:
     """What a method gets under Serve: its settings reach the client with the next chunk, or with the error."""
 
-    def __init__(self) -> None:
+    def __init__(self, metadata: Sequence[tuple[str, str]]) -> None:
+        self._metadata = list(metadata)
         self.code: grpc.StatusCode | None = None
         self.details = ""
         self.trailing_metadata: list[tuple[str, str]] = []
+
+    def invocation_metadata(self) -> list[tuple[str, str]]:
+        return self._metadata
 
     def set_code(self, code: grpc.StatusCode) -> None:
         self.code = code
@@ -154,21 +158,21 @@ class _Methods(pb_grpc.InferenceServicer, health_pb2_grpc.HealthServicer):
 
 
 async def _streamed(method, request, context):
-    serve = _ServeContext()
+    serve = _ServeContext(context.invocation_metadata() or ())
     try:
         async with aclosing(method(request, serve)) as chunks:
             async for chunk in chunks:
                 if serve.code is not None:
                     context.set_code(serve.code)
                     context.set_details(serve.details)
-                    context.set_trailing_metadata(serve.trailing_metadata)
+                context.set_trailing_metadata(serve.trailing_metadata)
                 yield chunk
     except RpcError:
         await context.abort(serve.code, serve.details)
 
 
 async def _answered(method, request, context):
-    serve = _ServeContext()
+    serve = _ServeContext(context.invocation_metadata() or ())
     try:
         return await method(request, serve)
     except RpcError:

@@ -32,14 +32,15 @@ class Usage:
 
 @dataclass(frozen=True)
 class GenerationEvent:
-    """What one step adds to an answer; the last event has a finish reason and the usage."""
+    """What one step adds to a choice, whose last event has a finish reason; the last of the request has the usage."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
-    text_offsets: tuple[int, ...] = ()  # of each token: characters of the answer's text before it
+    text_offsets: tuple[int, ...] = ()  # of each token: characters of the choice's text before it
+    index: int = 0  # of the choice
 
 
 class Generation:
@@ -56,8 +57,11 @@ class Generation:
         engine: EngineClient,
         timeout_s: float,
         on_end: Callable[[], None],
+        log_id: str,
     ) -> None:
         self.id = request.request_id
+        self.log_id = log_id  # the client's own name of the request, or its id if it has none
+        self.left_as = "left by the client"  # the ending to tell when it is closed while it runs
         self.created = int(time.time())  # seconds since 1970
         self._request = request
         self._detokenizer = detokenizer
@@ -81,7 +85,7 @@ class Generation:
         try:
             await self._events.aclose()
         finally:
-            self._end("left by the client")
+            self._end(self.left_as)
 
     async def _run(self) -> AsyncGenerator[GenerationEvent, None]:
         try:
@@ -94,7 +98,7 @@ class Generation:
             self._end(type(error).__name__)
             raise
         finally:
-            self._end("left by the client")
+            self._end(self.left_as)
 
     async def _next(self, outputs: AsyncGenerator[StepOutput, None]) -> StepOutput:
         late = DeadlineError(f"request {self.id} did not finish within {self._timeout_s:g} s")
@@ -139,6 +143,7 @@ class Generation:
             logger,
             "request ended",
             request_id=self.id,
+            x_request_id=self.log_id,
             ending=ending,
             prompt_tokens=len(self._request.prompt_token_ids),
             completion_tokens=self._num_generated,

@@ -10,7 +10,8 @@ from grpc_health.v1 import health_pb2
 
 from cluster.request import FinishReason, TokenLogprob
 from deploy.gateway import inference_pb2 as pb
-from deploy.gateway.generation import Generation, GenerationEvent, Usage
+from deploy.gateway.choices import Accepted
+from deploy.gateway.generation import GenerationEvent, Usage
 from deploy.gateway.service import Gateway
 from deploy.gateway.status import Status, status_of
 from deploy.gateway.validation import SamplingFields
@@ -20,8 +21,9 @@ from model_shards.errors import InvalidRequestError
 _FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
-    FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
 }
+_X_REQUEST_ID = "x-request-id"
+_MAX_ID = 128  # characters that are kept of a client's
 _HEALTH_SERVICES = ("", "shoal.v1.Inference")
 
 
@@ -30,6 +32,8 @@ class GrpcContext(Protocol):
 
     A client's deadline is not among it: the proxy keeps it, and cancels the call when it passes.
     """
+
+    def invocation_metadata(self) -> list[tuple[str, str]]: ...
 
     def set_code(self, code: grpc.StatusCode) -> None: ...
 
@@ -57,19 +61,20 @@ class InferenceServicer:
         """Streams the answer to a conversation."""
         messages = [ChatMessage(message.role, message.content) for message in request.messages]
 
-        async def accept() -> Generation:
-            return await self._gateway.chat(request.model, messages, sampling_fields(request))
+        async def accept(x_request_id: str) -> Accepted:
+            return await self._gateway.chat(request.model, messages, sampling_fields(request), x_request_id)
 
-        def chunk(generation: Generation, event: GenerationEvent) -> pb.ChatCompletionChunk:
+        def chunk(accepted: Accepted, event: GenerationEvent) -> pb.ChatCompletionChunk:
             return pb.ChatCompletionChunk(
-                id=generation.id,
+                id=accepted.id,
                 content=event.text,
                 token_ids=event.token_ids,
                 finish_reason=_finish_reason(event),
                 usage=_usage(event.usage),
                 model=self._gateway.model.name,
-                created=generation.created,
+                created=accepted.created,
                 logprobs=_logprobs(event),
+                index=event.index,
             )
 
         async with aclosing(_stream(accept, chunk, pb.ChatCompletionChunk(), context)) as chunks:
@@ -81,23 +86,24 @@ class InferenceServicer:
     ) -> AsyncGenerator[pb.CompletionChunk, None]:
         """Streams the continuation of a prompt."""
 
-        async def accept() -> Generation:
+        async def accept(x_request_id: str) -> Accepted:
             kind = request.WhichOneof("prompt")
             if kind is None:
                 raise InvalidRequestError("prompt must be text or token_ids, got neither")
             prompt = request.text if kind == "text" else list(request.token_ids.ids)
-            return await self._gateway.complete(request.model, prompt, sampling_fields(request))
+            return await self._gateway.complete(request.model, prompt, sampling_fields(request), x_request_id)
 
-        def chunk(generation: Generation, event: GenerationEvent) -> pb.CompletionChunk:
+        def chunk(accepted: Accepted, event: GenerationEvent) -> pb.CompletionChunk:
             return pb.CompletionChunk(
-                id=generation.id,
+                id=accepted.id,
                 text=event.text,
                 token_ids=event.token_ids,
                 finish_reason=_finish_reason(event),
                 usage=_usage(event.usage),
                 model=self._gateway.model.name,
-                created=generation.created,
+                created=accepted.created,
                 logprobs=_logprobs(event),
+                index=event.index,
             )
 
         async with aclosing(_stream(accept, chunk, pb.CompletionChunk(), context)) as chunks:
@@ -149,26 +155,29 @@ Chunk = TypeVar("Chunk", pb.ChatCompletionChunk, pb.CompletionChunk)
 
 
 async def _stream(
-    accept: Callable[[], Awaitable[Generation]],
-    chunk: Callable[[Generation, GenerationEvent], Chunk],
+    accept: Callable[[str], Awaitable[Accepted]],
+    chunk: Callable[[Accepted, GenerationEvent], Chunk],
     empty: Chunk,
     context: GrpcContext,
 ) -> AsyncGenerator[Chunk, None]:
-    request_id = uuid.uuid4().hex
+    x_request_id = _x_request_id(context)
+    log_id = x_request_id or uuid.uuid4().hex
+    back: list[tuple[str, str]] = [(_X_REQUEST_ID, x_request_id)] if x_request_id else []
+    # It leaves with the first chunk: Serve drops trailing metadata when a method raises.
+    context.set_trailing_metadata(back)
     try:
-        generation = await accept()
-        request_id = generation.id
-        async with aclosing(generation):
-            async for event in generation:
-                yield chunk(generation, event)
+        accepted = await accept(x_request_id)
+        log_id = accepted.log_id
+        async with aclosing(accepted):
+            async for event in accepted:
+                yield chunk(accepted, event)
         return
     except Exception as error:
-        status = status_of(error, request_id)
+        status = status_of(error, log_id)
     _set_status(status, context)
     if status.retry_after_s is None:
         raise RpcError(status.message)
-    # Serve drops trailing metadata when a method raises, and passes it on with a chunk only.
-    context.set_trailing_metadata([("retry-after-ms", str(round(status.retry_after_s * 1000)))])
+    context.set_trailing_metadata([*back, ("retry-after-ms", str(round(status.retry_after_s * 1000)))])
     yield empty
 
 
@@ -176,9 +185,14 @@ async def _answer(call: Callable[[], Awaitable[Reply]], context: GrpcContext) ->
     try:
         return await call()
     except Exception as error:
-        status = status_of(error, uuid.uuid4().hex)
+        status = status_of(error, _x_request_id(context) or uuid.uuid4().hex)
     _set_status(status, context)
     raise RpcError(status.message)
+
+
+def _x_request_id(context: GrpcContext) -> str:
+    """The client's own name of its request; empty if it gave none."""
+    return dict(context.invocation_metadata()).get(_X_REQUEST_ID, "")[:_MAX_ID]
 
 
 def _set_status(status: Status, context: GrpcContext) -> None:

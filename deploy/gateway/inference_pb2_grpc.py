@@ -27,9 +27,14 @@ if _version_not_supported:
 
 class InferenceStub:
     """Text generation. Field names and meanings follow the OpenAI API; where it has none, the comment says what holds.
+
     Errors: INVALID_ARGUMENT names the rule and the value; NOT_FOUND an unknown model; RESOURCE_EXHAUSTED carries
     `retry-after-ms` in the trailing metadata, behind one empty chunk; UNAVAILABLE means starting, draining or a lost
-    rank: send it again.
+    rank: send it again; DEADLINE_EXCEEDED is the client's deadline, or the longest that the server lets a request take;
+    INTERNAL is the server's fault and names the request as its log does.
+
+    Metadata: the client's `x-request-id` (128 characters are kept) goes to the server's log, and comes back as trailing
+    metadata of a stream with at least one chunk.
     """
 
     def __init__(self, channel):
@@ -67,20 +72,26 @@ class InferenceStub:
 
 class InferenceServicer:
     """Text generation. Field names and meanings follow the OpenAI API; where it has none, the comment says what holds.
+
     Errors: INVALID_ARGUMENT names the rule and the value; NOT_FOUND an unknown model; RESOURCE_EXHAUSTED carries
     `retry-after-ms` in the trailing metadata, behind one empty chunk; UNAVAILABLE means starting, draining or a lost
-    rank: send it again.
+    rank: send it again; DEADLINE_EXCEEDED is the client's deadline, or the longest that the server lets a request take;
+    INTERNAL is the server's fault and names the request as its log does.
+
+    Metadata: the client's `x-request-id` (128 characters are kept) goes to the server's log, and comes back as trailing
+    metadata of a stream with at least one chunk.
     """
 
     def ChatCompletion(self, request, context):
-        """Answers a conversation. The last chunk carries finish_reason and usage.
+        """Answers a conversation. The last chunk of a choice carries its finish_reason, the last one of all also the usage.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Completion(self, request, context):
-        """Continues a text or a list of token ids. The last chunk carries finish_reason and usage.
+        """Continues a text or a list of token ids. The last chunk of a choice carries its finish_reason, the last one of all
+        also the usage.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -145,9 +156,14 @@ def add_InferenceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Inference:
     """Text generation. Field names and meanings follow the OpenAI API; where it has none, the comment says what holds.
+
     Errors: INVALID_ARGUMENT names the rule and the value; NOT_FOUND an unknown model; RESOURCE_EXHAUSTED carries
     `retry-after-ms` in the trailing metadata, behind one empty chunk; UNAVAILABLE means starting, draining or a lost
-    rank: send it again.
+    rank: send it again; DEADLINE_EXCEEDED is the client's deadline, or the longest that the server lets a request take;
+    INTERNAL is the server's fault and names the request as its log does.
+
+    Metadata: the client's `x-request-id` (128 characters are kept) goes to the server's log, and comes back as trailing
+    metadata of a stream with at least one chunk.
     """
 
     @staticmethod

@@ -35,6 +35,7 @@ class Status:
     type: str  # OpenAI's error.type
     message: str
     retry_after_s: float | None = None
+    label: str | None = None  # OpenAI's error.code, where it is not the gRPC code's name
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class _Row:
     code: grpc.StatusCode
     http: int
     type: str
+    label: str | None = None
 
 
 _INTERNAL = _Row(grpc.StatusCode.INTERNAL, 500, "internal_error")
@@ -50,7 +52,7 @@ _INTERNAL = _Row(grpc.StatusCode.INTERNAL, 500, "internal_error")
 TABLE: dict[type[ShoalError], _Row] = {
     BodyTooLargeError: _Row(grpc.StatusCode.INVALID_ARGUMENT, 413, "invalid_request_error"),
     InvalidRequestError: _Row(grpc.StatusCode.INVALID_ARGUMENT, 400, "invalid_request_error"),
-    UnknownModelError: _Row(grpc.StatusCode.NOT_FOUND, 404, "invalid_request_error"),
+    UnknownModelError: _Row(grpc.StatusCode.NOT_FOUND, 404, "invalid_request_error", "model_not_found"),
     UnauthenticatedError: _Row(grpc.StatusCode.UNAUTHENTICATED, 401, "authentication_error"),
     OverloadedError: _Row(grpc.StatusCode.RESOURCE_EXHAUSTED, 429, "rate_limit_error"),
     UnavailableError: _Row(grpc.StatusCode.UNAVAILABLE, 503, "service_unavailable"),
@@ -76,4 +78,4 @@ def status_of(error: BaseException, request_id: str) -> Status:
     message = str(told) or row.type
     if len(message) > _MAX_MESSAGE:
         message = f"{message[: _MAX_MESSAGE - 3]}..."
-    return Status(row.code, row.http, row.type, message, retry_after_s)
+    return Status(row.code, row.http, row.type, message, retry_after_s, row.label)

@@ -12,6 +12,7 @@ ROLES = ("system", "user", "assistant")
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_LOGPROBS = 20
+MAX_N = 16
 MAX_MESSAGES = 4096
 DEFAULT_COMPLETION_TOKENS = 16
 # No tokenizer makes a token of more bytes than this on average: longer text cannot fit, so it is not even tokenized.
@@ -116,31 +117,30 @@ def resolve_max_tokens(prompt_tokens: int, fields: SamplingFields, default: int 
     return fields.max_tokens
 
 
-def sampling_params(fields: SamplingFields, seed: int) -> SamplingParams:
-    """Checked sampling settings; `seed` is used when the client sent none."""
-    if fields.n not in (None, 1):
-        raise InvalidRequestError(f"n must be 1, got {fields.n}")
+def sampling_params(fields: SamplingFields) -> SamplingParams:
+    """Checked sampling settings; without a seed where the client sent none."""
+    if fields.n is not None and not 1 <= fields.n <= MAX_N:
+        raise InvalidRequestError(f"n must be 1 to {MAX_N}, got {fields.n}")
     _check_stop(fields.stop)
     if fields.top_k is not None and fields.top_k < 0:
         raise InvalidRequestError(f"top_k must be at least 0, got {fields.top_k}")
-    if fields.seed is not None and not 0 <= fields.seed < 2**64:
-        raise InvalidRequestError(f"seed must be 0 to 2**64 - 1, got {fields.seed}")
+    if fields.seed is not None and not -(2**63) <= fields.seed < 2**64:
+        raise InvalidRequestError(f"seed must be -2**63 to 2**64 - 1, got {fields.seed}")
     if fields.logprobs is not None and not 0 <= fields.logprobs <= MAX_LOGPROBS:
         raise InvalidRequestError(f"logprobs must be 0 to {MAX_LOGPROBS}, got {fields.logprobs}")
     repetition = 1.0 if fields.repetition_penalty is None else fields.repetition_penalty
     if not (math.isfinite(repetition) and repetition > 0):
         raise InvalidRequestError(f"repetition_penalty must be a number above 0, got {repetition}")
-    top_p = 1.0 if fields.top_p is None else fields.top_p
-    if not 0 < top_p <= 1:
-        raise InvalidRequestError(f"top_p must be above 0 and at most 1, got {top_p}")
+    top_p = _in_range("top_p", fields.top_p, 0.0, 1.0, 1.0)
     return SamplingParams(
         temperature=_in_range("temperature", fields.temperature, 0.0, 2.0, 1.0),
-        top_p=top_p,
-        top_k=fields.top_k or 0,
+        # No probability is no token at all; the smallest set that holds a token is the best one.
+        top_p=top_p or 1.0,
+        top_k=(fields.top_k or 0) if top_p else 1,
         repetition_penalty=repetition,
         presence_penalty=_in_range("presence_penalty", fields.presence_penalty, -2.0, 2.0, 0.0),
         frequency_penalty=_in_range("frequency_penalty", fields.frequency_penalty, -2.0, 2.0, 0.0),
-        seed=seed if fields.seed is None else fields.seed,
+        seed=None if fields.seed is None else fields.seed % 2**64,  # a negative one by its two's complement
         logprobs=fields.logprobs,
     )
 

@@ -47,7 +47,7 @@ class RequestErrors:
 
 def error_object(status: Status) -> dict[str, Json]:
     """OpenAI's error body."""
-    return _error_object(status.message, status.type, status.code.name.lower())
+    return _error_object(status.message, status.type, status.label or status.code.name.lower())
 
 
 def error_response(status: Status) -> Response:

@@ -1,4 +1,4 @@
-"""Sends an answer, whole or as server-sent events. A client that leaves ends its generation."""
+"""Sends an answer, whole or as server-sent events. A client that leaves ends its request."""
 
 import asyncio
 import contextlib
@@ -9,8 +9,9 @@ from contextlib import aclosing
 from fastapi.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
-from deploy.gateway.generation import Generation, GenerationEvent
-from deploy.gateway.http.answers import ChatAnswer, CompletionAnswer, Json
+from deploy.gateway.choices import Accepted
+from deploy.gateway.generation import GenerationEvent
+from deploy.gateway.http.answers import ChatAnswer, CompletionAnswer, Json, JsonObject
 from deploy.gateway.http.errors import error_object
 from deploy.gateway.status import status_of
 
@@ -23,14 +24,14 @@ class _ConnectionGoneError(Exception):
 
 
 class AnswerResponse(Response):
-    """Runs a generation and sends its answer; closes the generation however that ends.
+    """Runs a request and sends its answer; closes the request however that ends.
 
     What goes wrong before the first event leaves as an exception, so that it gets an HTTP status of its own.
     """
 
-    def __init__(self, generation: Generation, answer: Answer) -> None:
+    def __init__(self, accepted: Accepted, answer: Answer) -> None:
         super().__init__()
-        self._generation = generation
+        self._accepted = accepted
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -40,25 +41,25 @@ class AnswerResponse(Response):
             except OSError as error:  # how a server tells that the connection is gone
                 raise _ConnectionGoneError from error
 
-        async with aclosing(self._generation):
+        async with aclosing(self._accepted):
             # An OSError of the engine is another matter: the client waits, and hears of it.
             with contextlib.suppress(_ConnectionGoneError):
                 await unless_client_leaves(receive, self._respond(scope, receive, send_or_stop))
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
-        events = [event async for event in self._generation]
+        events = [event async for event in self._accepted]
         await JSONResponse(self._answer.whole(events))(scope, receive, send)
 
 
 class StreamResponse(AnswerResponse):
     """The same as server-sent events."""
 
-    def __init__(self, generation: Generation, answer: Answer, include_usage: bool) -> None:
-        super().__init__(generation, answer)
+    def __init__(self, accepted: Accepted, answer: Answer, include_usage: bool) -> None:
+        super().__init__(accepted, answer)
         self._include_usage = include_usage
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
-        first = await anext(self._generation)
+        first = await anext(self._accepted)
         await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
         async with aclosing(self._lines(first)) as lines:
             async for line in lines:
@@ -67,18 +68,21 @@ class StreamResponse(AnswerResponse):
 
     async def _lines(self, event: GenerationEvent) -> AsyncGenerator[bytes, None]:
         """`[DONE]` comes last; an error is an event too, as the status is sent already."""
-        opening = self._answer.first()
-        if opening is not None:
-            yield _data(opening)
         try:
-            yield _data(self._answer.chunk(event))
-            async for event in self._generation:
-                yield _data(self._answer.chunk(event))
+            for chunk in self._answer.chunks(event):
+                yield self._line(chunk)
+            async for event in self._accepted:
+                for chunk in self._answer.chunks(event):
+                    yield self._line(chunk)
             if self._include_usage:
                 yield _data(self._answer.usage(event))
         except Exception as error:
-            yield _data(error_object(status_of(error, self._generation.id)))
+            yield _data(error_object(status_of(error, self._accepted.log_id)))
         yield b"data: [DONE]\n\n"
+
+    def _line(self, chunk: JsonObject) -> bytes:
+        """A client that asks for the usage finds the field in every chunk, with a value in the last one alone."""
+        return _data({**chunk, "usage": None} if self._include_usage else chunk)
 
 
 async def unless_client_leaves(receive: Receive, work: Coroutine[None, None, None]) -> None:

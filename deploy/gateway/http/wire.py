@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from deploy.gateway.http.unserved import UNSERVED_CHAT, UNSERVED_COMPLETION, UNSERVED_MESSAGE, refuse_unserved
+from deploy.gateway.service import Prompt
 from deploy.gateway.validation import SamplingFields
 from deploy.text.messages import ChatMessage
 from model_shards.errors import InvalidRequestError
@@ -43,7 +44,7 @@ _Ids = Annotated[list[int], Field(fail_fast=True)]
 _Stop = Annotated[str | _Texts | None, _rule("must be a string or a list of strings")]
 _Prompt = Annotated[
     str | _Ids | _Texts | Annotated[list[_Ids], Field(fail_fast=True)],
-    _rule("must be a string, a list of token ids, or a list with one of either"),
+    _rule("must be a string, a list of token ids, or a list of either"),
 ]
 
 
@@ -116,21 +117,17 @@ class CompletionBody(_SamplingBody):
         """The sampling part."""
         return self._fields(self.max_tokens, self.logprobs)
 
-    def one_prompt(self) -> str | list[int]:
-        """The prompt; a list with one prompt is that prompt."""
+    def prompts(self) -> list[Prompt]:
+        """One or more; a list of numbers is one prompt."""
         if self.best_of not in (None, self.n or 1):
             raise InvalidRequestError(f"best_of must be n, {self.n or 1}, got {self.best_of}")
         prompt = self.prompt
         if isinstance(prompt, str):
-            return prompt
+            return [prompt]
         if not prompt:
             raise InvalidRequestError("prompt must hold at least one token, got an empty list")
-        nested = [entry for entry in prompt if not isinstance(entry, int)]
-        if not nested:
-            return [entry for entry in prompt if isinstance(entry, int)]
-        if len(nested) > 1:
-            raise InvalidRequestError(f"prompt must be one prompt, got {len(nested)}; send one request each")
-        return nested[0]
+        ids = [entry for entry in prompt if isinstance(entry, int)]
+        return [ids] if ids else [entry for entry in prompt if not isinstance(entry, int)]
 
 
 class TextPart(_Body):
@@ -152,9 +149,9 @@ class MessageBody(_Body):
     ]
 
     def message(self) -> ChatMessage:
-        """The message with its parts joined."""
-        content = self.content
-        return ChatMessage(self.role, content if isinstance(content, str) else "".join(part.text for part in content))
+        """The message with its parts joined; developer is the newer name of the role system."""
+        content, role = self.content, "system" if self.role == "developer" else self.role
+        return ChatMessage(role, content if isinstance(content, str) else "".join(part.text for part in content))
 
 
 class ChatBody(_SamplingBody):

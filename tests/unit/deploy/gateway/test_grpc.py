@@ -1,6 +1,7 @@
 """What the gRPC methods answer: chunks, statuses and metadata, over a real connection."""
 
 import asyncio
+import logging
 import math
 
 import grpc
@@ -109,7 +110,8 @@ async def test_fields_that_are_set_reach_the_engine_even_when_they_are_zero():
         ),
         (chat(temperature=math.nan), grpc.StatusCode.INVALID_ARGUMENT, "temperature must be 0 to 2, got nan"),
         (chat(max_tokens=0), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens must be at least 1, got 0"),
-        (chat(n=2), grpc.StatusCode.INVALID_ARGUMENT, "n must be 1, got 2"),
+        (chat(n=17), grpc.StatusCode.INVALID_ARGUMENT, "n must be 1 to 16, got 17"),
+        (chat(n=5), grpc.StatusCode.INVALID_ARGUMENT, "prompts x n must be at most 4, the requests at once, got 5"),
         (
             chat(model="gpt-4"),
             grpc.StatusCode.NOT_FOUND,
@@ -185,6 +187,53 @@ async def test_an_engine_that_fails_midway_ends_the_stream_with_its_status(error
     assert "secret" not in told
     assert code is not grpc.StatusCode.INTERNAL or told.endswith(engine.requests[0].request_id)
     assert len(chunks) == len(engine.steps) - 1
+
+
+@on_event_loop
+async def test_each_of_n_choices_has_its_index_and_reason_and_the_last_chunk_the_usage_of_all():
+    engine = ScriptedEngine(steps_of(ANSWER))
+    async with grpc_channel(make_gateway(engine)) as channel:
+        stub = InferenceStub(channel)
+        told = [chunk async for chunk in stub.ChatCompletion(chat(n=3))]
+        continued = [chunk async for chunk in stub.Completion(pb.CompletionRequest(text="Hello", n=3))]
+    for chunks, prompt in zip((told, continued), (engine.requests[0], engine.requests[-1]), strict=True):
+        assert len({chunk.id for chunk in chunks}) == 1
+        for index in range(3):
+            choice = [chunk for chunk in chunks if chunk.index == index]
+            assert [token for chunk in choice for token in chunk.token_ids] == tokens_of(ANSWER)
+            assert [chunk.HasField("finish_reason") for chunk in choice] == [False] * (len(choice) - 1) + [True]
+        assert [chunk.HasField("usage") for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+        assert chunks[-1].usage.prompt_tokens == len(prompt.prompt_token_ids)
+        assert chunks[-1].usage.completion_tokens == 3 * len(tokens_of(ANSWER))
+
+
+@on_event_loop
+async def test_the_request_id_of_the_client_comes_back_and_finds_the_log_lines(caplog):
+    caplog.set_level(logging.INFO, "deploy.gateway")
+    metadata = (("x-request-id", "mine"),)
+    engine = ScriptedEngine(steps_of(ANSWER))
+    async with grpc_channel(make_gateway(engine)) as channel:
+        call = InferenceStub(channel).ChatCompletion(chat(n=2), metadata=metadata)
+        assert len([chunk async for chunk in call]) > 0
+        assert dict(await call.trailing_metadata())["x-request-id"] == "mine"
+        engine.error = ValueError("secret")
+        code, details, _, _ = await failure_of(InferenceStub(channel).ChatCompletion(chat(), metadata=metadata))
+    assert (code, details) == (
+        grpc.StatusCode.INTERNAL,
+        "internal error; the server's log has it as request mine",
+    )
+    ended = [record.fields for record in caplog.records if record.getMessage() == "request ended"]
+    assert [fields["x_request_id"] for fields in ended] == ["mine"] * 3
+    assert [fields["request_id"] for fields in ended] == [request.request_id for request in engine.requests]
+    assert [r.fields["request_id"] for r in caplog.records if r.getMessage() == "internal error"] == ["mine"]
+
+
+@on_event_loop
+async def test_overload_gives_the_clients_request_id_back_too():
+    async with grpc_channel(make_gateway(ScriptedEngine(), max_requests=0)) as channel:
+        call = InferenceStub(channel).ChatCompletion(chat(), metadata=(("x-request-id", "m" * 200),))
+        _, _, trailing, _ = await failure_of(call)
+    assert (trailing["x-request-id"], trailing["retry-after-ms"]) == ("m" * 128, "1000")
 
 
 @on_event_loop

@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 import json
+import logging
 
 import httpx
 import pytest
 
 from deploy.gateway.http import create_http_app
 from deploy.gateway.http.body import MAX_BODY_BYTES
+from model_shards.errors import UnavailableError
 from tests.scripted_engine import MODEL, ScriptedEngine, make_gateway, on_event_loop
 
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
@@ -66,14 +68,14 @@ async def refused(path, content, status, message, method="POST"):
         (b'{"prompt": [-1]}', "token_ids[0] must be 0 to 8191, got -1"),
         (b'{"prompt": []}', "prompt must hold at least one token, got an empty list"),
         (b'{"prompt": [[]]}', "the prompt must hold at least one token, got none"),
-        (b'{"prompt": [[1], [2]]}', "prompt must be one prompt, got 2"),
-        (b'{"prompt": ["a", "b"]}', "prompt must be one prompt, got 2"),
-        (b'{"prompt": [1, "a"]}', "prompt: must be a string, a list of token ids, or a list with one of either"),
-        (b'{"prompt": null}', "prompt: must be a string, a list of token ids, or a list with one of either, got None"),
+        (b'{"prompt": [[1], []]}', "prompt 1: the prompt must hold at least one token, got none"),
+        (b'{"prompt": ["a", "b", "c"], "n": 2}', "prompts x n must be at most 4, the requests at once, got 6"),
+        (b'{"prompt": [1, "a"]}', "prompt: must be a string, a list of token ids, or a list of either"),
+        (b'{"prompt": null}', "prompt: must be a string, a list of token ids, or a list of either, got None"),
         (b'{"prompt": "a", "best_of": 3}', "best_of must be n, 1, got 3"),
         (b'{"prompt": "a", "stop": [3]}', "stop: must be a string or a list of strings, got [3]"),
         (b'{"prompt": "a", "stop": ""}', "stop[0] must be 1 to 256 characters long, got 0"),
-        (b'{"prompt": "a", "n": 2}', "n must be 1, got 2"),
+        (b'{"prompt": "a", "n": 17}', "n must be 1 to 16, got 17"),
     ],
 )
 @on_event_loop
@@ -144,7 +146,11 @@ async def test_a_tool_call_in_a_message_is_refused():
 
 @on_event_loop
 async def test_an_unknown_model_is_not_found():
-    await refused(CHAT, json.dumps({"model": "gpt-4", "messages": HELLO}).encode(), 404, "'gpt-4' is not served here")
+    body = json.dumps({"model": "gpt-4", "messages": HELLO}).encode()
+    answer = await refused(CHAT, body, 404, "'gpt-4' is not served here")
+    assert answer.json()["error"]["code"] == "model_not_found"
+    shown = await refused("/v1/models/org/gpt-4", None, 404, "'org/gpt-4' is not served here", "GET")
+    assert shown.json()["error"]["code"] == "model_not_found"
 
 
 @on_event_loop
@@ -188,6 +194,35 @@ async def test_an_internal_error_names_the_request_and_nothing_else():
     assert_openai_error(answer, 500, "internal error; the server's log has it as request mine")
     assert answer.headers["x-request-id"] == "mine"
     assert "secret" not in answer.text
+
+
+@on_event_loop
+async def test_a_failing_choice_ends_the_stream_of_all_with_one_error():
+    engine = ScriptedEngine([(300,), (300,)], error=UnavailableError("a rank was lost"))
+    async with http_client(make_gateway(engine)) as client:
+        answer = await client.post(CHAT, json={"messages": HELLO, "n": 3, "stream": True})
+    *told, error, done, end = answer.text.split("\n\n")
+    assert not any('"error"' in event for event in told)
+    assert json.loads(error.removeprefix("data: "))["error"]["message"] == "a rank was lost"
+    assert (done, end) == ("data: [DONE]", "")
+    assert engine.num_open == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@on_event_loop
+async def test_the_request_id_of_the_answer_finds_the_log_lines(stream, caplog):
+    caplog.set_level(logging.INFO, "deploy.gateway")
+    engine = ScriptedEngine([(300,), (300,)], error=ValueError("secret path"))
+    async with http_client(make_gateway(engine)) as client:
+        for body, headers in (({"n": 2}, {"x-request-id": "mine"}), ({}, {})):
+            caplog.clear()
+            answer = await client.post(COMPLETE, json={"prompt": "a", "stream": stream, **body}, headers=headers)
+            named = answer.headers["x-request-id"]
+            assert f"the server's log has it as request {named}" in answer.text
+            ended = [record.fields for record in caplog.records if record.getMessage() == "request ended"]
+            assert [fields["x_request_id"] for fields in ended] == [named] * body.get("n", 1)
+            failed = [record.fields for record in caplog.records if record.getMessage() == "internal error"]
+            assert [fields["request_id"] for fields in failed] == [named]
 
 
 @on_event_loop

@@ -68,7 +68,7 @@ async def test_a_chat_is_streamed_with_the_role_first_and_the_usage_last():
     assert [chunk.choices[0].finish_reason for chunk in told] == [None] * (len(told) - 1) + ["length"]
     assert last.choices == []
     assert last.usage.completion_tokens == len(tokens_of(ANSWER))
-    assert all(chunk.usage is None for chunk in told)
+    assert all("usage" in chunk.model_fields_set and chunk.usage is None for chunk in told)
 
 
 @on_event_loop
@@ -76,7 +76,7 @@ async def test_a_stream_has_no_usage_unless_asked():
     async with openai_client(ScriptedEngine()) as client:
         stream = await client.completions.create(model=MODEL, prompt="Hello", stream=True)
         chunks = [chunk async for chunk in stream]
-    assert all(chunk.usage is None and len(chunk.choices) == 1 for chunk in chunks)
+    assert all("usage" not in chunk.model_fields_set and len(chunk.choices) == 1 for chunk in chunks)
     assert "".join(chunk.choices[0].text for chunk in chunks) == ANSWER
     assert chunks[-1].choices[0].finish_reason == "length"
 
@@ -270,6 +270,78 @@ async def test_completion_log_probabilities_are_the_same_streamed_and_whole():
     assert "".join(whole.tokens) == ANSWER
     assert [ANSWER[at:].startswith(token) for at, token in zip(whole.text_offset, whole.tokens, strict=True)]
     assert whole.top_logprobs[0] == {" large": -0.5, " are": -9999.0}
+
+
+@on_event_loop
+async def test_several_prompts_and_choices_are_answered_in_their_order():
+    engine = ScriptedEngine(steps_of(ANSWER))
+    async with openai_client(engine) as client:
+        ids = await client.completions.create(model=MODEL, prompt=[[9, 8], [7]], n=2, best_of=2, seed=3)
+        texts = await client.completions.create(model=MODEL, prompt=["Hello", "Hello there"])
+    assert [(choice.index, choice.text, choice.finish_reason) for choice in ids.choices] == [
+        (index, ANSWER, "length") for index in range(4)
+    ]
+    assert (ids.usage.prompt_tokens, ids.usage.completion_tokens) == (3, 4 * len(tokens_of(ANSWER)))
+    assert [choice.index for choice in texts.choices] == [0, 1]
+    assert [request.prompt_token_ids for request in engine.requests] == [
+        *[(9, 8)] * 2,
+        *[(7,)] * 2,
+        tuple(tokenizer().encode("Hello")),
+        tuple(tokenizer().encode("Hello there")),
+    ]
+
+
+@on_event_loop
+async def test_choices_of_a_chat_are_answered_whole_and_streamed_each_with_its_role_and_end():
+    engine = ScriptedEngine(steps_of(ANSWER), FinishReason.STOP)
+    async with openai_client(engine) as client:
+        whole = await client.chat.completions.create(model=MODEL, messages=HELLO, n=3)
+        stream = await client.chat.completions.create(
+            model=MODEL, messages=HELLO, n=3, stream=True, stream_options={"include_usage": True}
+        )
+        *told, last = [chunk async for chunk in stream]
+    assert [(choice.index, choice.message.content, choice.finish_reason) for choice in whole.choices] == [
+        (index, ANSWER, "stop") for index in range(3)
+    ]
+    assert last.usage == whole.usage
+    assert whole.usage.completion_tokens == 3 * len(tokens_of(ANSWER))
+    assert len({chunk.id for chunk in told}) == 1
+    for index in range(3):
+        choices = [chunk.choices[0] for chunk in told if chunk.choices[0].index == index]
+        assert [choice.delta.role for choice in choices] == ["assistant"] + [None] * (len(choices) - 1)
+        assert "".join(choice.delta.content or "" for choice in choices) == ANSWER
+        assert [choice.finish_reason for choice in choices] == [None] * (len(choices) - 1) + ["stop"]
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63), 2**63 - 1])
+@on_event_loop
+async def test_every_integer_of_64_bits_is_a_seed(seed):
+    engine = ScriptedEngine()
+    async with openai_client(engine) as client:
+        await client.chat.completions.create(model=MODEL, messages=HELLO, seed=seed, top_p=0)
+    sampling = engine.requests[0].sampling
+    assert sampling.seed == seed % 2**64
+    assert sampling.top_k == 1
+
+
+@on_event_loop
+async def test_a_developer_speaks_as_the_system():
+    engine = ScriptedEngine()
+    async with openai_client(engine) as client:
+        for role in ("system", "developer"):
+            messages = [{"role": role, "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+            await client.chat.completions.create(model=MODEL, messages=messages)
+    assert engine.requests[0].prompt_token_ids == engine.requests[1].prompt_token_ids
+
+
+@on_event_loop
+async def test_the_served_model_is_shown_and_another_is_not_found():
+    async with openai_client(ScriptedEngine()) as client:
+        model = await client.models.retrieve(MODEL)
+        with pytest.raises(openai.NotFoundError) as unknown:
+            await client.models.retrieve("gpt-4")
+    assert (model.id, model.object, model.max_model_len) == (MODEL, "model", MAX_MODEL_LEN)
+    assert unknown.value.code == "model_not_found"
 
 
 @on_event_loop

@@ -198,6 +198,7 @@ async def test_the_log_tells_the_tokens_of_a_request(caplog):
     (fields,) = [record.fields for record in caplog.records if record.getMessage() == "request ended"]
     assert fields == {
         "request_id": generation.id,
+        "x_request_id": generation.id,
         "ending": "length",
         "prompt_tokens": 2,
         "completion_tokens": len(tokens_of("Yes.")),

@@ -16,7 +16,7 @@ RANGES = {"temperature": (0.0, 2.0), "presence_penalty": (-2.0, 2.0), "frequency
 
 
 def params(**fields):
-    return validation.sampling_params(SamplingFields(**fields), seed=7)
+    return validation.sampling_params(SamplingFields(**fields))
 
 
 @pytest.mark.parametrize(
@@ -25,12 +25,12 @@ def params(**fields):
         ({"temperature": math.nan}, "temperature must be 0 to 2, got nan"),
         ({"temperature": math.inf}, "temperature must be 0 to 2, got inf"),
         ({"temperature": -0.1}, "temperature must be 0 to 2, got -0.1"),
-        ({"top_p": math.nan}, "top_p must be above 0 and at most 1, got nan"),
-        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
-        ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
+        ({"top_p": math.nan}, "top_p must be 0 to 1, got nan"),
+        ({"top_p": -0.1}, "top_p must be 0 to 1, got -0.1"),
+        ({"top_p": 1.5}, "top_p must be 0 to 1, got 1.5"),
         ({"top_k": -1}, "top_k must be at least 0, got -1"),
-        ({"seed": -1}, "seed must be 0 to 2**64 - 1, got -1"),
-        ({"seed": 2**64}, f"seed must be 0 to 2**64 - 1, got {2**64}"),
+        ({"seed": -(2**63) - 1}, f"seed must be -2**63 to 2**64 - 1, got {-(2**63) - 1}"),
+        ({"seed": 2**64}, f"seed must be -2**63 to 2**64 - 1, got {2**64}"),
         ({"presence_penalty": 2.5}, "presence_penalty must be -2 to 2, got 2.5"),
         ({"frequency_penalty": -math.inf}, "frequency_penalty must be -2 to 2, got -inf"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be a number above 0, got 0.0"),
@@ -38,8 +38,8 @@ def params(**fields):
         ({"repetition_penalty": math.nan}, "repetition_penalty must be a number above 0, got nan"),
         ({"logprobs": -1}, "logprobs must be 0 to 20, got -1"),
         ({"logprobs": 21}, "logprobs must be 0 to 20, got 21"),
-        ({"n": 0}, "n must be 1, got 0"),
-        ({"n": 2}, "n must be 1, got 2"),
+        ({"n": 0}, "n must be 1 to 16, got 0"),
+        ({"n": 17}, "n must be 1 to 16, got 17"),
         ({"stop": ("a", "")}, "stop[1] must be 1 to 256 characters long, got 0"),
         ({"stop": ("a" * 257,)}, "stop[0] must be 1 to 256 characters long, got 257"),
         ({"stop": ("a",) * 17}, "stop must hold at most 16 strings, got 17"),
@@ -65,11 +65,22 @@ def test_a_number_is_taken_unchanged_exactly_when_it_lies_in_its_range(name, val
 def test_what_the_client_left_out_has_the_documented_default():
     made = params()
     assert (made.temperature, made.top_p, made.top_k, made.repetition_penalty) == (1.0, 1.0, 0, 1.0)
-    assert (made.presence_penalty, made.frequency_penalty, made.logprobs, made.seed) == (0.0, 0.0, None, 7)
+    assert (made.presence_penalty, made.frequency_penalty, made.logprobs, made.seed) == (0.0, 0.0, None, None)
 
 
 def test_a_seed_of_zero_is_a_seed():
     assert params(seed=0).seed == 0
+
+
+@pytest.mark.parametrize(("seed", "taken"), [(-1, 2**64 - 1), (-(2**63), 2**63), (2**64 - 1, 2**64 - 1)])
+def test_a_negative_seed_is_taken_by_its_twos_complement(seed, taken):
+    assert params(seed=seed).seed == taken
+
+
+@pytest.mark.parametrize("top_k", [None, 0, 5])
+def test_a_top_p_of_zero_keeps_the_best_token_alone(top_k):
+    made = params(top_p=0.0, top_k=top_k)
+    assert (made.top_p, made.top_k) == (1.0, 1)
 
 
 @pytest.mark.parametrize("name", ["", "tiny"])
