@@ -121,7 +121,7 @@ def cell_needs(settings: ShoalSettings) -> CellNeeds:
     """Checks checkpoint, tokenizer and cut, and measures them. Raises CheckpointError or ConfigError."""
     # Imported here: torch takes seconds, and a port in use should be told before that.
     from cluster.device import torch_dtype
-    from deploy.app.cell_spec import build_cell_spec, kv_bytes_per_token
+    from deploy.cell_spec import build_cell_spec, kv_bytes_per_token
     from deploy.text import ChatTokenizer
     from model_shards.config import load_model_config
     from model_shards.weights import attention_slice_bytes, check_checkpoint, expert_slice_bytes

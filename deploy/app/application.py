@@ -3,8 +3,8 @@
 from ray.serve import Application
 
 from cluster.actors.attention import AttentionDeployment
-from deploy.app.cell_spec import build_cell_spec
 from deploy.app.gateway import GatewayDeployment
+from deploy.cell_spec import build_cell_spec
 from deploy.config import ShoalSettings
 
 APP_NAME = "shoal"

@@ -5,7 +5,7 @@ import os
 from contextlib import ExitStack
 
 from cluster.logs import log_event
-from deploy.app.cell_spec import build_cell_spec
+from deploy.cell_spec import build_cell_spec
 from deploy.cli.progress import ServeUi
 from deploy.config import ShoalSettings
 from deploy.launch.application import drain_application, running_application

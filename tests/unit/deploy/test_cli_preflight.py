@@ -3,6 +3,8 @@
 import dataclasses
 import shutil
 import socket
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -174,3 +176,14 @@ def test_serve_tells_a_port_in_use_on_one_line_and_starts_nothing(used_port):
     (error,) = [line for line in result.stderr.splitlines() if line.startswith("shoal: error:")]
     assert f"server.grpc_port {used_port}" in error
     assert "Traceback" not in result.output
+
+
+def test_what_is_refused_is_told_before_ray_is_imported():
+    """Importing Ray takes longer than all the checks."""
+    code = (
+        "import sys; from deploy.config import ShoalConfig; from deploy.preflight import preflight;"
+        "preflight(ShoalConfig.load(None, {'server.grpc_port': 0, 'server.http_port': 0}));"
+        "print('torch' in sys.modules, 'ray' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout == "True False\n"
