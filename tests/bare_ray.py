@@ -10,7 +10,7 @@ import ray
 from ray import serve
 from ray.serve.config import HTTPOptions, gRPCOptions
 
-from deploy.app import SERVICER_FUNCTIONS
+from deploy.app.application import SERVICER_FUNCTIONS
 
 
 class Idle:

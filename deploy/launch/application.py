@@ -16,7 +16,7 @@ from cluster.actors.coordinator import get_or_create_coordinator, remove_cell
 from cluster.control import CellStatus
 from cluster.logs import log_event
 from cluster.spec import CellSpec
-from deploy.app import APP_NAME, SERVICER_FUNCTIONS, build_application
+from deploy.app.application import APP_NAME, SERVICER_FUNCTIONS, build_application
 from deploy.cli.progress import ServeUi
 from deploy.config import ShoalSettings
 from model_shards.errors import UnavailableError
