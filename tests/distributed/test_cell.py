@@ -23,6 +23,28 @@ def expected(tmp_path_factory):
     return make_expected(tmp_path_factory.mktemp("checkpoint"), seed=7)
 
 
+def serve_all(cell, num_attention, expected, after_outputs):
+    """Runs all prompts; `after_outputs` maps a count of outputs to what is done once so many have come."""
+    todo = dict(after_outputs)
+    tokens = {request.request_id: () for request in requests_of(expected)}
+    for index, request in enumerate(requests_of(expected)):
+        cell.submit(index % num_attention, request)
+    running = set(tokens)
+    outputs = cell.outputs(60.0)
+    count = 0
+    while running:
+        output = next(outputs)
+        count += 1
+        tokens[output.request_id] += output.token_ids
+        if output.finish_reason is not None:
+            assert output.finish_reason is FinishReason.LENGTH
+            running.discard(output.request_id)
+        if count in todo:
+            todo.pop(count)()
+    assert not todo
+    return tokens
+
+
 @pytest.mark.parametrize(
     ("num_attention", "num_expert", "limits"),
     [
@@ -34,19 +56,52 @@ def expected(tmp_path_factory):
             {"num_micro_batches": 3, "max_num_batched_tokens": 17, "max_num_seqs": 16},
             id="2-4-three-small-chunks",
         ),
-        pytest.param(3, 2, {"num_blocks": 20}, id="3-2-preempting"),
-        pytest.param(
-            1,
-            2,
-            {"num_blocks": 16, "max_num_batched_tokens": 19, "max_num_seqs": 16, "num_micro_batches": 2},
-            id="1-2-all-at-once",
-        ),
     ],
 )
 def test_greedy_tokens_of_16_concurrent_prompts_equal_transformers(expected, num_attention, num_expert, limits):
     spec = spec_of(expected, num_attention, num_expert, limits=dataclasses.replace(LIMITS, **limits))
     with Cell(spec) as cell:
         assert_equal_to_transformers(expected, cell.generate(requests_of(expected), timeout_s=60.0))
+
+
+@pytest.mark.parametrize(
+    ("num_attention", "num_expert", "limits"),
+    [
+        pytest.param(3, 2, {"num_blocks": 20}, id="3-2"),
+        pytest.param(
+            1,
+            2,
+            {"num_blocks": 16, "max_num_batched_tokens": 19, "max_num_seqs": 16, "num_micro_batches": 2},
+            id="1-2-small-chunks-two-micro-batches",
+        ),
+    ],
+)
+def test_a_tiny_cache_preempts_on_every_replica_and_changes_no_token(expected, num_attention, num_expert, limits):
+    spec = spec_of(expected, num_attention, num_expert, limits=dataclasses.replace(LIMITS, **limits))
+    with Cell(spec) as cell:
+        assert_equal_to_transformers(expected, cell.generate(requests_of(expected), timeout_s=60.0))
+        assert all(cell.load(attention_rank).num_preemptions > 0 for attention_rank in range(num_attention))
+
+
+def test_cancelling_a_request_frees_its_blocks_within_a_step(expected):
+    spec = spec_of(expected, 1, 1, limits=dataclasses.replace(LIMITS, max_model_len=2048))
+    long = GenerationRequest("long", tuple([1] * 200), 1800, GREEDY, ignore_eos=True)
+    other = GenerationRequest("other", (1,), 2000, GREEDY, ignore_eos=True)
+    with Cell(spec) as cell:
+        cell.submit(0, long)
+        cell.submit(0, other)
+        seen = set()
+        for output in cell.outputs(30.0):
+            seen.add(output.request_id)
+            if seen == {"long", "other"}:
+                break
+        cell.cancel(0, "long")
+        before = cell.load(0)
+        # The step under way and the boundary that takes the cancellation in; the other request keeps the cell stepping.
+        while (after := cell.load(0)).num_steps < before.num_steps + 2:
+            pass
+        assert (before.num_running, after.num_running) == (2, 1)
+        assert after.num_free_blocks >= before.num_free_blocks + 200 // LIMITS.block_size
 
 
 def test_bf16_tokens_are_greedy_up_to_rounding(expected):
@@ -57,22 +112,22 @@ def test_bf16_tokens_are_greedy_up_to_rounding(expected):
 
 def test_an_epoch_change_under_way_neither_loses_nor_doubles_nor_changes_a_token(expected):
     with Cell(spec_of(expected, 2, 2)) as cell:
-        tokens = {request.request_id: () for request in requests_of(expected)}
-        for index, request in enumerate(requests_of(expected)):
-            cell.submit(index % 2, request)
-        running = set(tokens)
-        outputs = cell.outputs(60.0)
-        steps = 0
-        while running:
-            output = next(outputs)
-            tokens[output.request_id] += output.token_ids
-            if output.finish_reason is not None:
-                assert output.finish_reason is FinishReason.LENGTH
-                running.discard(output.request_id)
-            steps += 1
-            if steps in (40, 200, 500):
-                cell.next_epoch()
-        assert_equal_to_transformers(expected, tokens)
+        changes = dict.fromkeys((40, 200, 500), cell.next_epoch)
+        assert_equal_to_transformers(expected, serve_all(cell, 2, expected, changes))
+
+
+def test_experts_killed_under_way_and_at_rest_neither_lose_nor_double_nor_change_a_token(expected):
+    """With two replicas: one may have committed the step that the other had to abandon."""
+    with Cell(spec_of(expected, 2, 2)) as cell:
+
+        def kill_and_replace(global_rank):
+            cell.processes[global_rank].kill()
+            cell.replace(global_rank)
+
+        losses = {60: lambda: kill_and_replace(2), 400: lambda: kill_and_replace(3)}
+        assert_equal_to_transformers(expected, serve_all(cell, 2, expected, losses))
+        kill_and_replace(2)  # all sleep, and none of them sees it die
+        assert list(cell.generate(requests_of(expected)[:1], timeout_s=30.0)["r0"]) == expected.tokens[0]
 
 
 def test_an_idle_cell_wakes_for_a_request_and_sleeps_again(expected):
