@@ -30,13 +30,18 @@ pytestmark = [pytest.mark.service, pytest.mark.timeout(300)]
 
 MAX_MODEL_LEN = 4096
 MAX_NUM_SEQS = 4
+MAX_CONCURRENT_REQUESTS = 16
 QUESTION = [{"role": "system", "content": "Answer."}, {"role": "user", "content": "What is a whale?"}]
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
     config = tmp_path_factory.mktemp("service") / "shoal.yaml"
-    config.write_text(yaml.safe_dump({"engine": {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": MAX_NUM_SEQS}}))
+    settings = {
+        "engine": {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": MAX_NUM_SEQS},
+        "server": {"max_concurrent_requests": MAX_CONCURRENT_REQUESTS},
+    }
+    config.write_text(yaml.safe_dump(settings))
     with running_service("--config", str(config)) as running:
         yield running
 
@@ -113,6 +118,60 @@ def test_http_and_grpc_give_one_answer_streamed_or_not(service, stub):
     assert whole.usage.completion_tokens == 24
     assert ids.usage.prompt_tokens == 3
     assert listed.id == service.model == "shoal-demo"
+
+
+def test_the_first_of_several_choices_is_the_answer_of_one_and_the_others_differ(stub):
+    sampling = {"temperature": 1.0, "seed": 4, "ignore_eos": True}
+    alone = [
+        token for chunk in stub.ChatCompletion(chat_request(**sampling), timeout=60.0) for token in chunk.token_ids
+    ]
+    answers = []
+    for _ in range(2):
+        chunks = list(stub.ChatCompletion(chat_request(n=3, **sampling), timeout=60.0))
+        choices = [[token for chunk in chunks if chunk.index == i for token in chunk.token_ids] for i in range(3)]
+        assert sum(chunk.HasField("finish_reason") for chunk in chunks) == 3
+        assert [chunk.HasField("usage") for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+        assert chunks[-1].usage.completion_tokens == 3 * 24
+        answers.append(choices)
+    assert answers[0] == answers[1]
+    assert answers[0][0] == alone
+    assert len({tuple(choice) for choice in answers[0]}) == 3
+
+
+def test_several_prompts_in_one_request_have_the_answers_that_they_have_alone(http, stub):
+    prompts = [[5, 6, 7], [9, 8], [11, 12, 13, 14]]
+    fields = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True}
+    together = http.post("/v1/completions", json={"prompt": prompts, **fields}).json()
+    alone = [http.post("/v1/completions", json={"prompt": prompt, **fields}).json() for prompt in prompts]
+    assert [choice["index"] for choice in together["choices"]] == [0, 1, 2]
+    assert [choice["text"] for choice in together["choices"]] == [answer["choices"][0]["text"] for answer in alone]
+    assert together["usage"] == {"prompt_tokens": 9, "completion_tokens": 24, "total_tokens": 33}
+
+
+def test_overload_reaches_clients_through_serves_proxies_with_its_retry_delay(http, stub):
+    """One request runs; sixteen choices more do not fit a gateway that takes sixteen requests at once."""
+    running = stub.Completion(long_request())
+    next(running)
+    metadata = (("x-request-id", "mine"),)
+    refused = stub.ChatCompletion(chat_request(n=MAX_CONCURRENT_REQUESTS), timeout=30.0, metadata=metadata)
+    chunks = []
+    with pytest.raises(grpc.RpcError) as refusal:
+        chunks.extend(refused)
+    answer = http.post("/v1/completions", content=body(n=MAX_CONCURRENT_REQUESTS))
+    running.cancel()
+    assert refusal.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "takes 16 requests at once" in refusal.value.details()
+    trailing = dict(refusal.value.trailing_metadata())
+    assert (trailing["retry-after-ms"], trailing["x-request-id"]) == ("1000", "mine")
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+
+
+def test_the_request_id_of_the_client_comes_back_on_both_wires(http, stub):
+    call = stub.ChatCompletion(chat_request(max_tokens=2), timeout=60.0, metadata=(("x-request-id", "mine"),))
+    assert len(list(call)) > 0
+    assert dict(call.trailing_metadata())["x-request-id"] == "mine"
+    answer = http.post("/v1/completions", content=body(), headers={"x-request-id": "mine"})
+    assert answer.headers.get_list("x-request-id") == ["mine"]
 
 
 def test_reflection_health_and_the_list_of_models(service, channel, stub):
@@ -244,7 +303,9 @@ def test_bytes_that_are_no_request_are_refused(channel):
     call = channel.unary_stream("/shoal.v1.Inference/Completion", request_serializer=lambda data: data)
     with pytest.raises(grpc.RpcError) as refusal:
         list(call(b"\xff\xff\xff\xff", timeout=30.0))
-    assert refusal.value.code() is not grpc.StatusCode.DEADLINE_EXCEEDED
+    # gRPC's own status: parsing comes before any code of the service.
+    assert refusal.value.code() is grpc.StatusCode.UNKNOWN
+    assert "Error parsing message" in refusal.value.details()
 
 
 def long_request():
@@ -279,7 +340,15 @@ def leave_by_closing_http(service, stub):
             next(response.iter_lines())
 
 
-@pytest.mark.parametrize("leave", [leave_by_cancel, leave_by_deadline, leave_by_closing_http])
+def leave_all_choices(service, stub):
+    request = long_request()
+    request.n = MAX_NUM_SEQS
+    stream = stub.Completion(request)
+    next(stream)
+    stream.cancel()
+
+
+@pytest.mark.parametrize("leave", [leave_by_cancel, leave_by_deadline, leave_by_closing_http, leave_all_choices])
 def test_a_client_that_leaves_frees_its_place(service, stub, leave):
     """As many clients as the engine runs at once leave; the next request needs one of their places."""
     leave(service, stub)

@@ -5,7 +5,7 @@ from http import HTTPStatus
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,7 +22,7 @@ class RequestErrors:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """`x-request-id` of the client or a new one; it goes back with the answer."""
+        """The name is `x-request-id`: Serve's proxy makes one if the client sent none, and sends it back itself."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -30,19 +30,17 @@ class RequestErrors:
         scope.setdefault("state", {})["request_id"] = named
         started = False
 
-        async def send_named(message: Message) -> None:
+        async def send_noted(message: Message) -> None:
             nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                MutableHeaders(scope=message)["x-request-id"] = named
+            started = True
             await send(message)
 
         try:
-            await self._app(scope, receive, send_named)
+            await self._app(scope, receive, send_noted)
         except Exception as error:
             if started:
                 raise
-            await error_response(status_of(error, named))(scope, receive, send_named)
+            await error_response(status_of(error, named))(scope, receive, send_noted)
 
 
 def error_object(status: Status) -> dict[str, Json]:
