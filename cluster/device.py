@@ -16,11 +16,15 @@ def torch_dtype(spec: CellSpec) -> torch.dtype:
 
 
 def local_device(spec: CellSpec, index: int) -> torch.device:
-    """The device of the `index`-th rank of this host; one GPU per rank. Raises ConfigError when there is none."""
+    """The device of the `index`-th rank of this host. NCCL wants a GPU per rank; over gloo ranks may share one.
+
+    Raises ConfigError when there is none.
+    """
     if spec.device == "cpu":
         # One thread per rank: two OpenMP threads lose to two ranks as soon as anything else runs.
         torch.set_num_threads(1)
         return torch.device("cpu")
-    if index >= torch.cuda.device_count():
-        raise ConfigError(f"rank {index} of this host needs its own GPU, {torch.cuda.device_count()} are visible")
-    return torch.device("cuda", index)
+    count = torch.cuda.device_count()
+    if count == 0 or (spec.backend == "nccl" and index >= count):
+        raise ConfigError(f"rank {index} of this host needs its own GPU, {count} are visible")
+    return torch.device("cuda", index % count)

@@ -39,6 +39,13 @@ def test_bf16_tokens_of_one_process_are_greedy_up_to_rounding(expected):
     assert_greedy_up_to_rounding(expected, tokens)
 
 
+@pytest.mark.parametrize(("topology", "limits"), [((1, 2), {}), ((2, 2), {"num_micro_batches": 2, "num_blocks": 20})])
+def test_fp32_tokens_of_ranks_that_share_a_gpu_equal_transformers(expected, topology, limits):
+    spec = spec_of(expected, *topology, device="cuda", limits=dataclasses.replace(LIMITS, **limits))
+    with Cell(dataclasses.replace(spec, data_backend="gloo")) as cell:
+        assert_equal_to_transformers(expected, cell.generate(requests_of(expected), timeout_s=120.0))
+
+
 @pytest.mark.parametrize("topology", [(1, 1), (1, 3), (2, 4), (3, 2)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tokens_of_a_cell_over_nccl(expected, topology, dtype):

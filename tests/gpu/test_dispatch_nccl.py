@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from cluster.dispatch import LocalDispatcher, StepPlan
-from cluster.rendezvous import serve_rendezvous
+from cluster.dispatch.transport import DirectTransport, Lane
+from cluster.membership import Membership
+from cluster.process_group import open_epoch
+from cluster.rendezvous import connect_rendezvous, serve_rendezvous
+from cluster.topology import Topology
 from model_shards.placement import contiguous_placement
 from tests.dispatch_cell import NUM_EXPERTS, Case, FakeShard, check_reports, rank_functions
 from tests.ranks import run_ranks, values
@@ -31,6 +35,34 @@ def test_nccl_answers_like_the_slow_reference(topology):
     server = serve_rendezvous("127.0.0.1")
     results = run_ranks(rank_functions(server.rendezvous, cases(*topology), "nccl", "cuda"), deadline_s=250)
     check_reports(cases(*topology), [report for reports in values(results) for report in reports])
+
+
+def test_nccl_groups_of_one_rank_open_exchange_and_close_again_and_again():
+    """What one GPU can show of NCCL: two ranks need two."""
+    device = torch.device("cuda", 0)
+    placement = contiguous_placement(1, 1)
+    for epoch in (1, 2, 3):
+        server = serve_rendezvous("127.0.0.1")
+        membership = Membership(epoch, _Alone(), placement, server.rendezvous, "nccl", 60.0, 30.0)
+        store = connect_rendezvous(server.rendezvous, 30.0)
+        with open_epoch(membership, 0, device, store) as groups:
+            sent = torch.arange(64, dtype=torch.uint8, device=device)
+            received = torch.zeros_like(sent)
+            lane = Lane(sent, received, [64], [64])
+            end = DirectTransport(groups.data).start(lane)
+            end()
+            assert torch.equal(received, sent)
+
+
+class _Alone(Topology):
+    """A topology of one rank, which no cell has: A0 and nobody else."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+
+    @property
+    def world_size(self) -> int:
+        return 1
 
 
 def test_gloo_carries_cuda_tensors_of_ranks_that_share_a_gpu():
