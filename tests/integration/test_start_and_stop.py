@@ -1,5 +1,6 @@
 """How a service starts, refuses to start, survives a killed rank, and ends; nothing is left behind."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -121,61 +122,104 @@ def test_too_little_memory_is_refused_with_the_numbers():
 # --- started and stopped ------------------------------------------------------------------------------------------
 
 
-def test_two_services_side_by_side_and_nothing_left_after_either():
-    with running_service("--expert-shards", "1") as first, running_service("--expert-shards", "1") as second:
-        assert {first.grpc, first.http}.isdisjoint({second.grpc, second.http})
-        assert complete(first.grpc) == complete(second.grpc)
-        processes = second.descendants()
-        assert second.stop() == 0
-        assert wait_gone(processes) == []
-        assert len(complete(first.grpc)) == 8
-        processes = first.descendants()
-        # To every process of the group, as supervisors and `timeout` do it; the answer under way must still come.
-        under_way = threading.Event()
-        with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(complete, first.grpc, 100, 60.0, under_way.set)
-            assert under_way.wait(30.0)
-            os.killpg(first.process.pid, signal.SIGTERM)
-            assert first.process.wait(60.0) == 0
-            assert len(answer.result(60.0)) == 100
-        assert wait_gone(processes) == []
+class Pool:
+    """Running services: a test takes one that an earlier one left running, and starts one only where there is none."""
+
+    def __init__(self, stack):
+        self._stack = stack
+        self._running = []
+
+    def take(self, count):
+        """The first `count`; those that are missing start at the same time."""
+        self._running = [service for service in self._running if service.process.poll() is None]
+        missing = count - len(self._running)
+        if missing > 0:
+            made = [running_service() for _ in range(missing)]
+            with ThreadPoolExecutor(missing) as threads:
+                self._running += threads.map(self._stack.enter_context, made)
+        return self._running[:count]
 
 
-def test_a_stop_lets_running_requests_end_and_a_second_signal_does_not_wait():
-    with running_service() as service:
-        processes = service.descendants()
-        under_way, answers = threading.Event(), []
-        caller = threading.Thread(target=lambda: answers.append(complete(service.grpc, 150, on_chunk=under_way.set)))
-        caller.start()
+@pytest.fixture(scope="module")
+def pool():
+    with contextlib.ExitStack() as stack:
+        yield Pool(stack)
+
+
+@contextlib.contextmanager
+def answering(service, count):
+    """Inside the block a request for `count` tokens is under way; it must get them all by the end of the block."""
+    under_way = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(complete, service.grpc, count, 150.0, under_way.set)
         assert under_way.wait(30.0)
-        # As Ctrl-C on a terminal does: to every process of the group.
-        os.killpg(service.process.pid, signal.SIGINT)
+        yield answer
+        assert len(answer.result(150.0)) == count
+
+
+def test_two_services_side_by_side_and_nothing_left_of_one_that_is_stopped(pool):
+    first, second = pool.take(2)
+    assert {first.grpc, first.http}.isdisjoint({second.grpc, second.http})
+    assert complete(first.grpc) == complete(second.grpc)
+    processes = second.descendants()
+    with answering(second, 150):
+        # As Ctrl-C on a terminal does: to every process of the group. The answer under way must still come.
+        os.killpg(second.process.pid, signal.SIGINT)
+        assert second.process.wait(60.0) == 0
+    assert wait_gone(processes) == []
+    assert len(complete(first.grpc)) == 8
+
+
+def test_killed_ranks_are_a_pause_not_a_loss(pool):
+    """kill -9 of an expert shard, then of the coordinator, each in the middle of a request."""
+    [service] = pool.take(1)
+    expected = complete(service.grpc, 100)
+    for name in ("ray::ExpertRank", "ray::CoordinatorRank", "ray::ExpertRank"):
+        with answering(service, 100) as answer:
+            ranks_of(service, name)[0].kill()
+            assert answer.result(150.0) == expected
+
+
+def test_a_stop_lets_running_requests_end(pool):
+    [service] = pool.take(1)
+    processes = service.descendants()
+    with answering(service, 100):
+        # To every process of the group, as supervisors and `timeout` do it.
+        os.killpg(service.process.pid, signal.SIGTERM)
         assert service.process.wait(60.0) == 0
-        caller.join(30.0)
-        assert [len(tokens) for tokens in answers] == [150]
-        assert wait_gone(processes) == []
+    assert wait_gone(processes) == []
 
 
-def test_a_second_signal_ends_it_at_once():
-    with running_service() as service:
-        processes = service.descendants()
-        under_way = threading.Event()
+def test_a_second_signal_ends_it_at_once(pool):
+    [service] = pool.take(1)
+    processes = service.descendants()
+    under_way = threading.Event()
 
-        def call():
-            with pytest.raises(grpc.RpcError):
-                complete(service.grpc, 8000, on_chunk=under_way.set)
+    def call():
+        with pytest.raises(grpc.RpcError):
+            complete(service.grpc, 8000, on_chunk=under_way.set)
 
-        caller = threading.Thread(target=call)
-        caller.start()
-        assert under_way.wait(30.0)
-        service.process.send_signal(signal.SIGTERM)
-        time.sleep(1.0)
-        assert service.process.poll() is None, "it must wait for the running request"
-        begun = time.monotonic()
-        assert service.stop() == 1
-        assert time.monotonic() - begun < 5.0
-        caller.join(30.0)
-        assert wait_gone(processes) == []
+    caller = threading.Thread(target=call)
+    caller.start()
+    assert under_way.wait(30.0)
+    service.process.send_signal(signal.SIGTERM)
+    time.sleep(1.0)
+    assert service.process.poll() is None, "it must wait for the running request"
+    begun = time.monotonic()
+    assert service.stop() == 1
+    assert time.monotonic() - begun < 5.0
+    caller.join(30.0)
+    assert wait_gone(processes) == []
+
+
+def test_no_process_outlives_a_killed_shoal_serve(pool):
+    [service] = pool.take(1)
+    # Ray's own two agents look for their raylet once a minute, and end then.
+    processes = [process for process in service.descendants() if not process.name().startswith(RAY_AGENTS)]
+    assert len(processes) > 4
+    service.process.kill()
+    service.process.wait(10.0)
+    assert wait_gone(processes, 30.0) == []
 
 
 @pytest.mark.parametrize(
@@ -210,30 +254,3 @@ def test_a_signal_during_the_start_stops_what_stands(stage, delay_s, number):
         if process.poll() is None:
             process.kill()
             process.communicate()
-
-
-# --- killed -------------------------------------------------------------------------------------------------------
-
-
-def test_killed_ranks_are_a_pause_not_a_loss():
-    """kill -9 of an expert shard, then of the coordinator, each in the middle of a request."""
-    with running_service() as service:
-        expected = complete(service.grpc, 100)
-        with ThreadPoolExecutor(1) as pool:
-            for name in ("ray::ExpertRank", "ray::CoordinatorRank", "ray::ExpertRank"):
-                under_way = threading.Event()
-                answer = pool.submit(complete, service.grpc, 100, 120.0, under_way.set)
-                assert under_way.wait(30.0)
-                ranks_of(service, name)[0].kill()
-                assert answer.result(150.0) == expected
-        assert service.stop() == 0
-
-
-def test_no_process_outlives_a_killed_shoal_serve():
-    with running_service("--expert-shards", "1") as service:
-        # Ray's own two agents look for their raylet once a minute, and end then.
-        processes = [process for process in service.descendants() if not process.name().startswith(RAY_AGENTS)]
-        assert len(processes) > 4
-        service.process.kill()
-        service.process.wait(10.0)
-        assert wait_gone(processes, 30.0) == []
