@@ -67,11 +67,12 @@ def balance_losses(
     chosen = torch.zeros_like(scores, requires_grad=False).scatter(-1, topk_ids, 1.0) * real  # [B, S, E]
 
     by_device = (layout.num_devices, num_experts // layout.num_devices)
+    batch, positions = mask.shape
     probability = (scores * real).sum(1) / tokens  # P [B, E]
-    device_probability = probability.unflatten(-1, by_device).sum(-1)  # P' = P'' [B, D]
+    device_probability = probability.view(batch, *by_device).sum(-1)  # P' = P'' [B, D]
     load = chosen.sum(1) * num_experts / (num_chosen * tokens)  # f [B, E]
-    device_load = load.unflatten(-1, by_device).mean(-1)  # f' [B, D]
-    sent = chosen.unflatten(-1, by_device).amax(-1)  # [B, S, D] 1 where a token goes to a device
+    device_load = load.view(batch, *by_device).mean(-1)  # f' [B, D]
+    sent = chosen.view(batch, positions, *by_device).amax(-1)  # [B, S, D] 1 where a token goes to a device
     device_traffic = sent.sum(1) * layout.num_devices / (layout.max_devices_per_token * tokens)  # f'' [B, D]
 
     num_sequences = mask.any(1).sum().clamp(min=1)

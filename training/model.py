@@ -60,7 +60,7 @@ def build_model(config: DeepseekV2Config, seed: int) -> DeepseekV2ForCausalLM:
 
     Experts run as transformers' plain loop: on a CPU its grouped_mm takes several times as long to go backward.
     """
-    model = DeepseekV2ForCausalLM._from_config(
+    model: DeepseekV2ForCausalLM = DeepseekV2ForCausalLM._from_config(
         config, attn_implementation="sdpa", experts_implementation="eager", dtype=torch.float32
     )
     generator = torch.Generator().manual_seed(seed)

@@ -145,7 +145,7 @@ class Trainer:
             group["lr"] = lr
         loss, balance = self._losses(batch, probe)
         optimizer.zero_grad(set_to_none=True)
-        (loss + balance.total).backward()
+        torch.autograd.backward(loss + balance.total)
         norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._options.max_grad_norm))
         if not math.isfinite(norm):
             raise DivergedError(

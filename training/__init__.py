@@ -1,0 +1,1 @@
+"""Trains the small checkpoint that comes with the package. Not part of the wheel."""
