@@ -26,6 +26,7 @@ from training.checkpoint import (
 )
 from training.errors import DivergedError, TrainingStopped, WorkDirError
 from training.model import build_model, demo_config
+from training.signals import SIGNALS, StopFlag
 from training.trainer import HeldOutLosses, Trainer, TrainerOptions, next_token_loss
 
 VOCAB = 64
@@ -111,6 +112,15 @@ def test_a_run_stopped_by_a_signal_and_resumed_ends_with_the_same_bits_and_the_s
     assert_same_parameters(straight, again)
     rows, expected = read_history(tmp_path / "resumed"), read_history(tmp_path / "straight")
     assert [(row.step, row.tokens, row.loss) for row in rows] == [(row.step, row.tokens, row.loss) for row in expected]
+
+
+def test_only_the_first_signal_waits_for_the_step():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with StopFlag() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal is signal.SIGTERM
+        assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_a_resumed_run_depends_on_the_optimizer_it_saved(tmp_path):
@@ -244,7 +254,9 @@ def test_held_out_losses_are_taken_every_so_many_steps_and_at_the_end_without_ch
     measured, plain = tiny_model(), tiny_model()
     trainer(measured, tmp_path / "measured", TrainerOptions(held_out_every=2), losses).run(phase(5))
     trainer(plain, tmp_path / "plain").run(phase(5))
-    assert [row.step for row in read_history(tmp_path / "measured") if "counting" in row.held_out] == [2, 4, 5]
+    rows = read_history(tmp_path / "measured")
+    assert [row.step for row in rows if "counting" in row.held_out] == [2, 4, 5]
+    assert [row.balance for row in rows] == [row.balance for row in read_history(tmp_path / "plain")]
     assert_same_parameters(measured, plain)
 
 
