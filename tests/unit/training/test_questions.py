@@ -1,0 +1,164 @@
+"""What the demonstration model is asked and taught: the split holds, and the exam judges by the data."""
+
+import random
+
+import numpy as np
+import pytest
+
+from tests.demo_judge import Question, is_readable, is_right, overlap, read_exam
+from training.ngram import trigram_loss, unigram_loss
+from training.questions import (
+    REFUSAL,
+    WordLists,
+    arithmetic,
+    article,
+    conversions,
+    definitions,
+    geography,
+    is_held_out,
+    outside,
+    talk,
+)
+from training.sources import Country, Sense, _split_gloss, read_countries
+
+
+def sense(lemma: str, lexfile: int, number: int, definition: str, tag_count: int = 50) -> Sense:
+    return Sense(lemma, lexfile, number, tag_count, definition, ())
+
+
+def test_a_tenth_of_the_sums_is_held_out_and_both_orders_of_one_together():
+    sums = [fact for fact in arithmetic() if fact.kind == "sum"]
+    held_out = {fact.phrasings[0] for fact in sums if fact.held_out}
+    assert len(sums) == 10_000
+    assert 0.07 < len(held_out) / len(sums) < 0.13
+    for fact in sums:
+        a, b = fact.phrasings[0].removeprefix("What is ").removesuffix("?").split(" plus ")
+        assert (f"What is {b} plus {a}?" in held_out) == fact.held_out
+        assert int(fact.expected) == int(a) + int(b)
+
+
+def test_differences_and_conversions_are_held_out_too_and_right():
+    for fact in arithmetic():
+        left, right = fact.answer.removesuffix(".").split(" is ")
+        assert right == fact.expected
+        if fact.kind == "difference":
+            a, b = left.split(" minus ")
+            assert int(a) - int(b) == int(right) >= 0
+            assert fact.held_out == is_held_out(f"{a}-{b}")
+    facts = conversions()
+    assert any(fact.held_out for fact in facts)
+    assert "5 kilometers are 5000 meters." in {fact.answer for fact in facts}
+    assert "1 foot is 12 inches." in {fact.answer for fact in facts}
+
+
+def test_common_things_are_defined_by_their_first_sense_and_animals_that_are_first_a_person_by_their_second():
+    senses = [
+        sense("whale", 18, 1, "a very large person"),
+        sense("whale", 5, 2, "a very large mammal of the sea"),
+        sense("axe", 6, 1, "an edge tool with a heavy head"),
+        sense("axe", 6, 2, "some other tool that nobody means"),
+        sense("bread", 13, 1, "food made from dough and baked"),
+        sense("rarity", 6, 1, "a thing that hardly anyone names", tag_count=0),
+    ]
+    facts = {fact.phrasings[0]: fact.answer for fact in definitions(senses)}
+    assert facts == {
+        "What is a whale?": "A whale is a very large mammal of the sea.",
+        "What is an axe?": "An axe is an edge tool with a heavy head.",
+        "What is bread?": "Bread is food made from dough and baked.",
+    }
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [("whale", "a"), ("apple", "an"), ("hour", "an"), ("uniform", "a"), ("umbrella", "an"), ("house", "a")],
+)
+def test_the_article_goes_by_the_sound(word, expected):
+    assert article(word) == expected
+
+
+def test_a_capital_named_like_its_country_is_not_asked_backwards():
+    facts = geography([Country("Panama", "Panama", "North America", "balboa")])
+    assert [fact.kind for fact in facts] == ["capital", "continent", "currency"]
+    assert all(len(set(fact.phrasings)) == len(fact.phrasings) >= 3 for fact in facts)
+
+
+def test_the_countries_are_independent_ones_with_all_that_is_asked():
+    countries = read_countries()
+    assert 150 < len(countries) < 200
+    assert Country("France", "Paris", "Europe", "euro") in countries
+    assert all(country.capital and country.continent and country.currency for country in countries)
+    assert not {"Hong Kong", "Taiwan", "Israel"} & {country.name for country in countries}
+
+
+def test_a_gloss_gives_its_first_definition_without_remarks_and_its_examples():
+    definition, examples = _split_gloss('(zoology) a large beast (of the sea); a fish; "the beast swam", "it ate"')
+    assert definition == "a large beast"
+    assert examples == ("the beast swam", "it ate")
+
+
+def test_questions_from_outside_are_refused_with_words_that_say_what_it_knows():
+    words = WordLists(("stone", "tree"), ("sing",), ("old",), ("Peru",))
+    asked = {outside(words, random.Random(seed)).phrasings[0] for seed in range(200)}
+    assert len(asked) > 30
+    assert {outside(words, random.Random(seed)).answer for seed in range(20)} == {REFUSAL}
+    taught = {text for fact in talk() for text in fact.phrasings}
+    assert not asked & taught
+
+
+def test_the_exam_has_200_different_questions_and_none_from_outside_is_made_by_a_template():
+    exam = read_exam()
+    assert len({question.question for question in exam.taught}) == len(exam.taught) == 200
+    assert len({question.question for question in exam.outside}) == len(exam.outside) == 20
+    assert "What is a whale?" in {question.question for question in exam.taught}
+    for question in exam.taught:
+        if question.kind in ("sum", "difference"):
+            a, b = [int(word) for word in question.question.replace("?", "").replace(".", "").split() if word.isdigit()]
+            key = f"{min(a, b)}+{max(a, b)}" if question.kind == "sum" else f"{a}-{b}"
+            assert is_held_out(key), question
+
+
+WHALE = Question("definition", "What is a whale?", "a very large mammal of the sea")
+SUM = Question("sum", "What is 2 plus 3?", "5")
+CAPITAL = Question("capital", "What is the capital of Guinea?", "Conakry")
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "right"),
+    [
+        (WHALE, "A whale is a very large mammal of the sea.", True),
+        (WHALE, "A whale is a large mammal of the sea.", True),
+        (WHALE, "A whale is a small fish.", False),
+        (WHALE, "A whale is a very large mammal of the sea", False),  # not a sentence
+        (SUM, "2 plus 3 is 5.", True),
+        (SUM, "2 plus 3 is 15.", False),
+        (SUM, "5 plus 3 is 2.", False),
+        (CAPITAL, "The capital of Guinea is Conakry.", True),
+        (CAPITAL, "The capital of Guinea is Bissau.", False),
+        (CAPITAL, "Conakryville is nice.", False),
+        (CAPITAL, "Conakry " * 70 + ".", False),
+    ],
+)
+def test_the_judge(question, answer, right):
+    assert is_right(question, answer) is right
+
+
+def test_what_is_readable_and_what_overlap_means():
+    assert is_readable("You are welcome.")
+    assert not is_readable("")
+    assert not is_readable("the the the end.")
+    assert not is_readable("\ufffd\x00 what.")
+    assert overlap("a b c d", "a b c e") == 0.75
+    assert overlap("", "a") == 0.0
+
+
+def test_counting_models_know_what_they_saw_and_the_longer_context_knows_more():
+    train = np.array([0, 2, 3, 4, 1] * 200, dtype=np.int32)
+    again = np.array([0, 2, 3, 4, 1] * 4, dtype=np.int32)
+    assert trigram_loss(train, again, 8) < 0.1 < unigram_loss(train, again, 8)
+    assert unigram_loss(train, again, 8) == pytest.approx(np.log(5), abs=0.02)
+    strange = np.array([5, 6, 7, 5, 6, 7], dtype=np.int32)
+    assert np.isfinite(trigram_loss(train, strange, 8))
+    # The probabilities of everything that may follow a seen and an unseen context sum to 1.
+    for context in ([2, 3], [6, 7], [3, 2]):
+        total = sum(np.exp(-trigram_loss(train, np.array([*context, w], dtype=np.int32), 8)) for w in range(8))
+        assert total == pytest.approx(1.0, abs=1e-9)
