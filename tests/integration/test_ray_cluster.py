@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.service, pytest.mark.timeout(300)]
 ROLES = ("--set", "ray.attention_resource=shoal_attention", "--set", "ray.expert_resource=shoal_expert")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ray_address():
     command = [sys.executable, "-m", "tests.ray_cluster"]
     with subprocess.Popen(
