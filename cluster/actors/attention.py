@@ -33,6 +33,7 @@ class AttentionRank:
         identity = Registration(f"{Role.ATTENTION.value}-{uuid.uuid4().hex}", Role.ATTENTION, None)
         name = identity.uid[:_NAME_LENGTH]
         self._log_level = spec.log_level
+        self._agent_task: asyncio.Task[None] | None = None
         self._log_as(name)
         coordinator = get_or_create_coordinator(spec)
         client = RayCoordinatorClient(coordinator)
@@ -78,14 +79,16 @@ class AttentionRank:
 
     async def check_health(self) -> None:
         """Serve asks now and then; raises when the control side died, so that Serve replaces this replica."""
-        if self._agent_task.done():
+        if self._agent_task is None or self._agent_task.done():
             raise UnavailableError("the rank agent stopped; the replica must be replaced")
 
     async def __del__(self) -> None:
-        """Serve calls this when it takes the replica down, after its requests ended."""
+        """Serve calls this when it takes the replica down, after its requests ended; also when it was half built."""
         await self._leave()
 
     async def _leave(self) -> None:
+        if self._agent_task is None:
+            return
         self._agent_task.cancel()
         # Before the epoch is left: else the next one would be built with this replica, which does not join it.
         await self._agent.unregister()
