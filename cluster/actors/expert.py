@@ -1,7 +1,11 @@
 """The Ray shell of an expert rank."""
 
+from __future__ import annotations
+
 import asyncio
 import uuid
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import ray
 from ray.actor import ActorHandle
@@ -10,11 +14,13 @@ from cluster.actors.client import RayCoordinatorClient
 from cluster.actors.progress import LoadingReporter
 from cluster.control import Registration
 from cluster.epoch_thread import EpochEnd
-from cluster.expert_shard import ExpertShard
 from cluster.logs import configure_logging
 from cluster.rank_agent import RankAgent
 from cluster.spec import CellSpec
 from cluster.topology import Role
+
+if TYPE_CHECKING:
+    from cluster.expert_shard import ExpertShard
 
 
 class ExpertRank:
@@ -48,8 +54,7 @@ class ExpertRank:
             if agent is not None:
                 loop.call_soon_threadsafe(agent.epoch_ended, end)
 
-        # Under Ray each rank sees its own GPU only, as number 0.
-        shard = await asyncio.to_thread(ExpertShard, self._spec, self._ep_rank, 0, epoch_ended, progress)
+        shard = await asyncio.to_thread(self._load, epoch_ended, progress)
         self._shard = shard
         agent = RankAgent(self._client, identity, shard, None, self._log_as)
         try:
@@ -58,6 +63,13 @@ class ExpertRank:
             # Whoever runs it again loads a new one: two slices would not fit.
             self._shard = None
             await asyncio.to_thread(shard.close)
+
+    def _load(self, epoch_ended: Callable[[EpochEnd], None], progress: LoadingReporter) -> ExpertShard:
+        # Imported here: the coordinator imports this module to make the actors, and has no use for torch.
+        from cluster.expert_shard import ExpertShard
+
+        # Under Ray each rank sees its own GPU only, as number 0.
+        return ExpertShard(self._spec, self._ep_rank, 0, epoch_ended, progress)
 
     def _log_as(self, name: str) -> None:
         configure_logging(Role.EXPERT.value, name, self._spec.log_level)

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 _Actor: TypeAlias = ray.actor.ActorHandle
 # Beside the bounds of loading and joining: Serve's controller, proxies and worker processes.
 _SERVE_START_S = 60.0
-_POLL_S = 0.1
+_POLL_S = 0.25  # Serve and the coordinator work for each answer, while the ranks start on the same cores
 _CALL_S = 15.0
 
 
