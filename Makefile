@@ -10,7 +10,7 @@ DEV     := $(VENV)/.dev
 HELM    := $(if $(filter Linux/x86_64,$(shell uname -s)/$(shell uname -m)),.kube-tools/helm)
 TESTS   ?=
 
-.PHONY: demo test lint wheel env clean
+.PHONY: demo test lint wheel env train-demo-model clean
 .DEFAULT_GOAL := test
 
 demo: $(RUNTIME)
@@ -35,6 +35,10 @@ wheel: $(DEV)
 	$(BIN)/python tools/check_wheel.py dist/*.whl
 
 env: $(DEV)
+
+# About an hour on 2 quiet cores; stopped or killed, it goes on where it was. Idle threads sleep: it runs beside others.
+train-demo-model: $(DEV)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m training.cli
 
 clean:
 	rm -rf dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .kube-tools $(VENV)

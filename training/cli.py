@@ -18,14 +18,14 @@ from training.tokenizer import write_tokenizer
 @click.option(
     "--work",
     type=click.Path(path_type=Path, file_okay=False),
-    default=Path("build/demo-model"),
+    default=Path(".demo-model"),
     show_default=True,
     help="Sources, checkpoints and history. A run that was stopped goes on from what stands here.",
 )
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
-    default=Path("build/demo-model/shoal-demo"),
+    default=Path(".demo-model/shoal-demo"),
     show_default=True,
     help="Where the finished model goes, in Hugging Face layout.",
 )
