@@ -20,8 +20,8 @@ def trigram_loss(train: np.ndarray, held_out: np.ndarray, vocab_size: int) -> fl
     on down to the unigram, which is interpolated with the uniform distribution.
     """
     first, second, third = (train[start : len(train) - 2 + start].tolist() for start in range(3))
-    trigrams = Counter(zip(first, second, third, strict=True))
-    bigrams = Counter(zip(second, third, strict=True))
+    trigrams: Counter[tuple[int, ...]] = Counter(zip(first, second, third, strict=True))
+    bigrams: Counter[tuple[int, ...]] = Counter(zip(second, third, strict=True))
     unigrams = Counter(third)
     after_pair, kinds_after_pair = _contexts(trigrams)
     after_one, kinds_after_one = _contexts(bigrams)
