@@ -1,6 +1,5 @@
 """Every rule a request must keep, on either wire: one error per rule, with the value. Pure."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_LOGPROBS = 20
 MAX_N = 16
+# 0.01, as a float of gRPC holds it: a little less.
+_LEAST_REPETITION = 0.01 - 1e-9
 MAX_MESSAGES = 4096
 DEFAULT_COMPLETION_TOKENS = 16
 # No tokenizer makes a token of more bytes than this on average: longer text cannot fit, so it is not even tokenized.
@@ -128,16 +129,14 @@ def sampling_params(fields: SamplingFields) -> SamplingParams:
         raise InvalidRequestError(f"seed must be -2**63 to 2**64 - 1, got {fields.seed}")
     if fields.logprobs is not None and not 0 <= fields.logprobs <= MAX_LOGPROBS:
         raise InvalidRequestError(f"logprobs must be 0 to {MAX_LOGPROBS}, got {fields.logprobs}")
-    repetition = 1.0 if fields.repetition_penalty is None else fields.repetition_penalty
-    if not (math.isfinite(repetition) and repetition > 0):
-        raise InvalidRequestError(f"repetition_penalty must be a number above 0, got {repetition}")
     top_p = _in_range("top_p", fields.top_p, 0.0, 1.0, 1.0)
     return SamplingParams(
         temperature=_in_range("temperature", fields.temperature, 0.0, 2.0, 1.0),
         # No probability is no token at all; the smallest set that holds a token is the best one.
         top_p=top_p or 1.0,
         top_k=(fields.top_k or 0) if top_p else 1,
-        repetition_penalty=repetition,
+        # Further out the penalised logits overflow, and no token can be told from another.
+        repetition_penalty=_in_range("repetition_penalty", fields.repetition_penalty, _LEAST_REPETITION, 100.0, 1.0),
         presence_penalty=_in_range("presence_penalty", fields.presence_penalty, -2.0, 2.0, 0.0),
         frequency_penalty=_in_range("frequency_penalty", fields.frequency_penalty, -2.0, 2.0, 0.0),
         seed=None if fields.seed is None else fields.seed % 2**64,  # a negative one by its two's complement

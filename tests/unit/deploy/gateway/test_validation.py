@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deploy.gateway import inference_pb2 as pb
 from deploy.gateway import validation
 from deploy.gateway.validation import ModelLimits, SamplingFields
 from deploy.text.messages import ChatMessage
@@ -33,9 +34,10 @@ def params(**fields):
         ({"seed": 2**64}, f"seed must be -2**63 to 2**64 - 1, got {2**64}"),
         ({"presence_penalty": 2.5}, "presence_penalty must be -2 to 2, got 2.5"),
         ({"frequency_penalty": -math.inf}, "frequency_penalty must be -2 to 2, got -inf"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be a number above 0, got 0.0"),
-        ({"repetition_penalty": math.inf}, "repetition_penalty must be a number above 0, got inf"),
-        ({"repetition_penalty": math.nan}, "repetition_penalty must be a number above 0, got nan"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be 0.01 to 100, got 0.0"),
+        ({"repetition_penalty": 1e-39}, "repetition_penalty must be 0.01 to 100, got 1e-39"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty must be 0.01 to 100, got inf"),
+        ({"repetition_penalty": math.nan}, "repetition_penalty must be 0.01 to 100, got nan"),
         ({"logprobs": -1}, "logprobs must be 0 to 20, got -1"),
         ({"logprobs": 21}, "logprobs must be 0 to 20, got 21"),
         ({"n": 0}, "n must be 1 to 16, got 0"),
@@ -60,6 +62,12 @@ def test_a_number_is_taken_unchanged_exactly_when_it_lies_in_its_range(name, val
     else:
         with pytest.raises(InvalidRequestError, match=f"^{name} must be .*, got {value}$".replace("+", r"\+")):
             params(**{name: value})
+
+
+def test_the_least_repetition_penalty_is_taken_as_grpc_carries_it():
+    least = pb.CompletionRequest(repetition_penalty=0.01).repetition_penalty
+    assert least < 0.01
+    assert params(repetition_penalty=least).repetition_penalty == least
 
 
 def test_what_the_client_left_out_has_the_documented_default():
