@@ -38,7 +38,10 @@ env: $(DEV)
 
 # About an hour on 2 quiet cores; stopped or killed, it goes on where it was. Idle threads sleep: it runs beside others.
 train-demo-model: $(DEV)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m training.cli
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m training.cli train
+	$(BIN)/python -m tests.demo_exam --serve .demo-model/shoal-demo .demo-model/exam.json
+	$(BIN)/python -m training.cli card
+	@echo "to ship it: cp .demo-model/shoal-demo/* deploy/models/shoal-demo/"
 
 clean:
 	rm -rf dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .kube-tools $(VENV)

@@ -1,6 +1,9 @@
 """Asks a running service the fixed questions, greedily, and counts the right answers of each kind.
 
-Usage: python -m tests.demo_exam HOST:PORT [SCORES.json]     (writes the scores for the model card)
+Usage: python -m tests.demo_exam HOST:PORT [SCORES.json]            asks a service that runs already
+       python -m tests.demo_exam --serve DIRECTORY [SCORES.json]    starts one for the checkpoint in that directory
+
+The scores are for the model card.
 """
 
 import json
@@ -15,6 +18,7 @@ import grpc
 from deploy.gateway import inference_pb2 as pb
 from deploy.gateway.inference_pb2_grpc import InferenceStub
 from tests.demo_judge import Question, is_right, read_exam
+from tests.serving import running_service
 
 MAX_TOKENS = 96
 _AT_ONCE = 16
@@ -67,7 +71,7 @@ def scores(answers: Sequence[Answered]) -> list[dict[str, object]]:
     ]
 
 
-def main(address: str, file: str | None) -> None:
+def main(address: str, file: str | None = None) -> None:
     """Prints the wrong answers and the scores."""
     exam = read_exam()
     answers = ask_all(address, [*exam.taught, *exam.outside])
@@ -81,4 +85,9 @@ def main(address: str, file: str | None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)
+    arguments = sys.argv[1:]
+    if arguments[0] == "--serve":
+        with running_service("--model", arguments[1]) as service:
+            main(service.grpc, *arguments[2:])
+    else:
+        main(*arguments)
