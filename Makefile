@@ -16,9 +16,16 @@ TESTS   ?=
 demo: $(RUNTIME)
 	$(BIN)/python -m deploy.cli.demo
 
-# TESTS narrows it: make test TESTS=tests/unit
+# TESTS narrows it: make test TESTS=tests/unit/cluster. Whole cells have the machine for themselves; what runs in one
+# process is dealt over two.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 test: $(DEV) $(HELM)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=25 $(TESTS)
+ifeq ($(TESTS),)
+	$(PYTEST) --durations=15 tests --ignore=tests/unit --ignore=tests/helm
+	$(PYTEST) --durations=10 -n 2 tests/helm tests/unit
+else
+	$(PYTEST) $(TESTS)
+endif
 
 lint: $(DEV)
 	$(BIN)/ruff check .
