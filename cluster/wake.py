@@ -19,8 +19,9 @@ from torch.distributed import DistStoreError
 
 from model_shards.errors import EpochAbortedError
 
-# A wait is cut into slices only so that no wait is without a deadline; each slice costs one message.
-_SLICE = timedelta(seconds=60)
+# A wait is cut into slices only so that no wait is without a deadline; torch writes two lines of warnings at the end of
+# each, on every rank.
+_SLICE = timedelta(days=1)
 
 
 class WakeBell:
