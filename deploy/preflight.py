@@ -1,13 +1,16 @@
 """Everything that can be known to fail is refused before anything is started, with the numbers.
 
-ports -> checkpoint -> tokenizer -> how the model is cut -> devices and memory
+ports -> room for Ray's files -> checkpoint -> tokenizer -> how the model is cut -> devices and memory
 """
 
 import errno
+import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +27,8 @@ _DRAWN_PORTS = range(20000, 32768)
 _DRAWS = 64
 _GPU_QUERY = "import torch\nfor i in range(torch.cuda.device_count()): print(torch.cuda.mem_get_info(i)[0])"
 _GPU_QUERY_S = 120.0
+# Ray's logs of a day; on a full disk its daemons end without a word that helps.
+_RAY_FILES_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -62,10 +67,25 @@ def preflight(settings: ShoalSettings) -> ShoalSettings:
     """
     local = settings.ray.address is None
     server = choose_ports(settings.server, check_given=local)
+    if local:
+        check_ray_directory(Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()))
     needs = cell_needs(settings)
     if local:
         check_capacity(settings, needs, inspect_machine(settings.cell.device))
     return replace(settings, server=server)
+
+
+def check_ray_directory(directory: Path) -> None:
+    """Raises CapacityError unless Ray, started on this machine, has room for its logs and sockets there."""
+    try:
+        free = shutil.disk_usage(directory).free
+    except OSError as error:
+        raise CapacityError(f"Ray writes its files to {directory}, which cannot be used: {error.strerror}") from error
+    if free < _RAY_FILES_BYTES:
+        raise CapacityError(
+            f"Ray writes its logs and sockets to {directory}, which has {free / 2**20:.1f} MiB free and needs "
+            f"{_RAY_FILES_BYTES / 2**20:.0f}: free some, or name another directory in RAY_TMPDIR"
+        )
 
 
 def choose_ports(server: ServerSettings, check_given: bool = True) -> ServerSettings:

@@ -75,16 +75,19 @@ def ray_runtime(settings: ShoalSettings, spec: CellSpec, signals: StopSignals) -
 
 
 def _start(spec: CellSpec) -> None:
-    ray.init(
-        address="local",
-        # CPUs are only places here: every rank takes one, and so do the gateway and Serve's own actors.
-        num_cpus=spec.topology.world_size + _CPUS_BESIDE_RANKS,
-        namespace=NAMESPACE,
-        include_dashboard=False,
-        log_to_driver=True,
-        logging_level="ERROR",
-        _node_ip_address="127.0.0.1",
-    )
+    try:
+        ray.init(
+            address="local",
+            # CPUs are only places here: every rank takes one, and so do the gateway and Serve's own actors.
+            num_cpus=spec.topology.world_size + _CPUS_BESIDE_RANKS,
+            namespace=NAMESPACE,
+            include_dashboard=False,
+            log_to_driver=True,
+            logging_level="ERROR",
+            _node_ip_address="127.0.0.1",
+        )
+    except Exception as error:  # Ray raises bare ones when a daemon of its own does not come up
+        raise UnavailableError(f"Ray did not start on this machine: {' '.join(str(error).split())}") from error
 
 
 def _own_daemons() -> tuple[psutil.Process, ...]:

@@ -13,7 +13,16 @@ from deploy import preflight as module
 from deploy.cli.main import shoal
 from deploy.config import ServerSettings, ShoalConfig
 from deploy.models import default_model_directory
-from deploy.preflight import CellNeeds, Machine, cell_needs, check_capacity, choose_ports, inspect_machine, preflight
+from deploy.preflight import (
+    CellNeeds,
+    Machine,
+    cell_needs,
+    check_capacity,
+    check_ray_directory,
+    choose_ports,
+    inspect_machine,
+    preflight,
+)
 from model_shards.errors import CapacityError, CheckpointError, ConfigError
 from model_shards.weights import memory
 
@@ -123,6 +132,17 @@ def settings(directory, **cell):
     return ShoalConfig.load(
         None, {"model.path": str(directory)} | {f"cell.{key}": value for key, value in cell.items()}
     )
+
+
+def test_a_full_disk_under_rays_files_is_told_with_directory_numbers_and_remedy(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3 * 2**20))
+    with pytest.raises(CapacityError, match=rf"to {tmp_path}, which has 3\.0 MiB free and needs 64: .* RAY_TMPDIR"):
+        check_ray_directory(tmp_path)
+    monkeypatch.undo()
+    check_ray_directory(tmp_path)
+    with pytest.raises(CapacityError, match="cannot be used: No such file or directory"):
+        check_ray_directory(tmp_path / "nowhere")
 
 
 def test_the_package_checkpoint_passes_and_its_slices_are_measured(checkpoint):
