@@ -23,6 +23,7 @@ from training.corpus import (
     tuning_batches,
     with_text,
 )
+from training.export import export_model
 from training.model import build_model, demo_config
 from training.tokenizer import BOS_ID, EOS_ID, train_tokenizer
 from training.trainer import Trainer, next_token_loss
@@ -43,7 +44,7 @@ class Recipe:
     pretraining_lr: float = 2e-3
     questions_per_step: int = 64
     texts_per_step: int = 6  # pieces of plain text among the questions, against forgetting
-    tuning_steps: int = 2200
+    tuning_steps: int = 1600
     tuning_lr: float = 1.5e-3
     warmup_steps: int = 100
 
@@ -74,13 +75,21 @@ def prepare(recipe: Recipe, work: Path) -> Prepared:
 def train(
     recipe: Recipe, prepared: Prepared, work: Path, device: torch.device, console: Console
 ) -> DeepseekV2ForCausalLM:
-    """Trains a model, or goes on where a run in `work` stopped. Raises what `Trainer.run` raises."""
+    """Trains a model, or goes on where a run in `work` stopped. Raises what `Trainer.run` raises.
+
+    Fine-tuning starts from the exported base model in `work/base`, rounded to bf16 as it would be published.
+    """
     config = demo_config(recipe.vocab_size, BOS_ID, EOS_ID)
     model = build_model(config, recipe.seed).to(device)
     data = hashlib.sha256(prepared.stream.tobytes() + repr(asdict(recipe)).encode()).hexdigest()
     trainer = Trainer(model, work, data, held_out=_held_out(prepared, recipe.window), console=console)
-    for phase in phases(recipe, prepared):
-        trainer.run(phase)
+    pretraining, tuning = phases(recipe, prepared)
+    trainer.run(pretraining)
+    if trainer.state.phase != tuning.name:
+        base = work / "base"
+        export_model(model, base)
+        model.load_state_dict(DeepseekV2ForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict())
+    trainer.run(tuning)
     return model
 
 
