@@ -54,6 +54,7 @@ class AttentionReplica:
         self._rendezvous: dict[int, RendezvousServer] = {}
         self._give_up: asyncio.TimerHandle | None = None  # runs from the loss of an epoch to the next one joined
         self._lost: str | None = None  # it ran out, with this to say, and no epoch was joined since
+        self._closing = False
         self._step_loop = StepLoop(engine, config, dtype, device, spec.limits.num_micro_batches, self._cross)
         self._thread = EpochThread("step-loop", self._step_loop.run_epoch, self._epoch_ended)
 
@@ -100,19 +101,20 @@ class AttentionReplica:
 
     def join(self, membership: Membership, global_rank: int) -> "Future[None]":
         """Joins an epoch; the future is done once the process groups stand."""
-        joined = self._thread.join(membership, global_rank)
-        joined.add_done_callback(self._join_done)
-        return joined
+        return self._thread.join(membership, global_rank, self._join_done)
 
     def leave(self, epoch: int) -> None:
         """Ends this epoch at its next step boundary, or at once while it is joined; requests wait for the next one."""
         self._step_loop.leave(epoch)
 
-    def close(self, timeout_s: float = 5.0) -> bool:
-        """Fails what still runs and ends the thread; whether it ended in time."""
-        self._fail_all("this replica is shutting down; send the request again")
-        self._step_loop.leave_for_good()
-        ended = self._thread.close(timeout_s)
+    async def close(self, timeout_s: float = 5.0) -> bool:
+        """Fails what still runs and what comes later, and ends the thread; whether it ended in time."""
+        self._closing = True
+        self._lost = "this replica is shutting down; send the request again"
+        self._fail_all(self._lost)
+        # Both may wait: one for the epoch's store, the other for the step under way.
+        await asyncio.to_thread(self._step_loop.leave_for_good)
+        ended = await asyncio.to_thread(self._thread.close, timeout_s)
         self._rendezvous.clear()
         return ended
 
@@ -143,6 +145,8 @@ class AttentionReplica:
 
     def _found(self) -> None:
         """An epoch is joined: requests are computed again."""
+        if self._closing:
+            return
         self._lost = None
         if self._give_up is not None:
             self._give_up.cancel()

@@ -157,7 +157,7 @@ async def _attention(connection: "Connection[RankAnswer, RankCommand]", spec: Ce
                 task.add_done_callback(partial(_forget, streams, command.request_id))
     for task in list(streams.values()):
         task.cancel()
-    await asyncio.to_thread(replica.close)
+    await replica.close()
 
 
 def _forward(

@@ -69,7 +69,10 @@ class Coordinator:
             self._highest_epoch = max(self._highest_epoch, registration.highest_epoch)
             held = self._roster.members()
             rank = self._roster.register(registration, self._clock())
-            if self._state is CellState.RUNNING and not all(self._roster.is_here(member) for member in held):
+            has_lost = not all(self._roster.is_here(member) for member in held)
+            # It left the epoch that runs, and the report of that did not arrive.
+            has_left = self._roster.has_place(rank.uid) and not rank.is_busy
+            if self._state is CellState.RUNNING and (has_lost or has_left):
                 self._state = CellState.ENDING
             if self._state is CellState.ENDING and rank.is_busy:
                 # It may have missed the word of before.
@@ -214,9 +217,7 @@ class Coordinator:
             self._tell_to_join(members, epoch, self._rendezvous)
             # The ranks' own deadline names who is missing; this one is for a rank that does not keep it.
             await self._until(lambda: is_formed() or is_broken(), self._join_timeout_s + _ROLL_CALL_S)
-            if is_formed():
-                await self._begin_running(len(members))
-            else:
+            if not await self._begin_running(is_formed, len(members)):
                 self._failed_to_form("not all ranks joined", is_explained=is_gone())
 
     def _tell_to_join(self, members: list[Rank], epoch: int, rendezvous: Rendezvous) -> None:
@@ -233,8 +234,11 @@ class Coordinator:
             member.commanded_epoch = epoch
             member.mailbox.put_nowait(Join(membership, global_rank))
 
-    async def _begin_running(self, num_ranks: int) -> None:
+    async def _begin_running(self, is_formed: Callable[[], bool], num_ranks: int) -> bool:
+        """Whether the epoch runs. Asked under the lock: who waited for it may have brought the end of a rank."""
         async with self._changed:
+            if not is_formed():
+                return False
             self._state = CellState.RUNNING
             self._last_error = None
             # Whoever still loads says so again in a moment; a process that died while loading never will.
@@ -242,6 +246,7 @@ class Coordinator:
             self._backoff.epoch_runs()
             self._changed.notify_all()
         log_event(logger, "epoch running", epoch=self._epoch, ranks=num_ranks)
+        return True
 
     def _failed_to_form(self, error: str, is_explained: bool) -> None:
         """`is_explained`: a rank was lost meanwhile, so trying again at once is no repetition."""

@@ -29,7 +29,10 @@ class EpochSession:
 
 
 class LeaveFlag:
-    """Asks an epoch to end: at its next step boundary, waking it if it sleeps, or at once while it is joined.
+    """Asks an epoch to end: at its next step boundary, waking it if it sleeps, or while it is joined.
+
+    A join ends at once where ranks wait for each other; while it connects to the store or to a peer it ends when that
+    does, at the join deadline at the latest.
 
     Thread-safe, except `during` and `interrupt_with`, which are the step thread's.
     """

@@ -50,9 +50,16 @@ class EpochThread:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def join(self, membership: Membership, global_rank: int) -> "Future[None]":
-        """Asks for an epoch; the future is done once this rank's process groups stand, or holds the error."""
+    def join(
+        self, membership: Membership, global_rank: int, on_done: "Callable[[Future[None]], None] | None" = None
+    ) -> "Future[None]":
+        """Asks for an epoch; the future is done once this rank's process groups stand, or holds the error.
+
+        `on_done` is called with it then, from the thread and before `on_epoch_end` is.
+        """
         joined: Future[None] = Future()
+        if on_done is not None:
+            joined.add_done_callback(on_done)
         self._commands.put(_Join(membership, global_rank, joined))
         return joined
 

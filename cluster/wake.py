@@ -19,9 +19,9 @@ from torch.distributed import DistStoreError
 
 from model_shards.errors import EpochAbortedError
 
-# A wait is cut into slices only so that no wait is without a deadline; torch writes two lines of warnings at the end of
-# each, on every rank.
-_SLICE = timedelta(days=1)
+# A wait is cut into slices so that a store whose machine vanished without a word is noticed; torch warns at the end of
+# each.
+_SLICE = timedelta(minutes=5)
 
 
 class WakeBell:
@@ -76,10 +76,11 @@ class WakeBell:
         """Deletes what this rank set before the sleep that just ended."""
         with self._lock:
             awoken = f"wake/{self._generation}"
-            for key in self._rang:
-                if key != awoken:
-                    self._waiting.delete_key(key)
+            over = [key for key in self._rang if key != awoken]
             self._rang = [key for key in self._rang if key == awoken]
+        # Not under the lock, which `ring` takes on the event loop: the store answers each.
+        for key in over:
+            self._waiting.delete_key(key)
 
     def _wait(self, key: str) -> None:
         while True:

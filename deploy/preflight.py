@@ -77,8 +77,9 @@ def preflight(settings: ShoalSettings) -> ShoalSettings:
 
 def check_ray_directory(directory: Path) -> None:
     """Raises CapacityError unless Ray, started on this machine, has room for its logs and sockets there."""
+    there = next((parent for parent in (directory, *directory.parents) if parent.exists()), directory)  # Ray makes it
     try:
-        free = shutil.disk_usage(directory).free
+        free = shutil.disk_usage(there).free
     except OSError as error:
         raise CapacityError(f"Ray writes its files to {directory}, which cannot be used: {error.strerror}") from error
     if free < _RAY_FILES_BYTES:

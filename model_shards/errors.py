@@ -6,6 +6,7 @@
     ├── UnauthenticatedError    the client should send a valid key
     ├── OverloadedError         the client should retry after `retry_after_s`
     ├── UnavailableError        the client should retry: not ready, draining, or a rank is lost
+    ├── FailedRequestError      the operator should look into the log: computing this request fails, again and again
     ├── DeadlineError           the client's deadline passed
     ├── ConfigError             the operator should change the configuration
     ├── CheckpointError         the operator should mend the checkpoint directory
@@ -46,6 +47,10 @@ class OverloadedError(ShoalError):
 
 class UnavailableError(ShoalError):
     """The service cannot answer now: starting, draining, or a rank was lost."""
+
+
+class FailedRequestError(ShoalError):
+    """This request cannot be computed, others can; sending it again would fail again."""
 
 
 class DeadlineError(ShoalError):

@@ -81,7 +81,7 @@ class TinyCell:
         for task in self._tasks:
             task.cancel()
         # The shard last: a replica that closes ends the epoch for both at the next boundary.
-        assert await asyncio.to_thread(self.replica.close)
+        assert await self.replica.close()
         assert await asyncio.to_thread(self.shard.close)
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 
 import ray
@@ -59,7 +59,7 @@ class AttentionRank:
         try:
             async with asyncio.timeout_at(deadline):
                 await started
-                await agent.first_joined.wait()
+                await _first_of(agent.first_joined.wait(), self._agent_task)
         except TimeoutError:
             await self._leave()
             raise UnavailableError(await _why_in_no_epoch(name, spec, client)) from None
@@ -92,10 +92,21 @@ class AttentionRank:
         self._agent_task.cancel()
         # Before the epoch is left: else the next one would be built with this replica, which does not join it.
         await self._agent.unregister()
-        await asyncio.to_thread(self._replica.close)
+        await self._replica.close()
 
     def _log_as(self, name: str) -> None:
         configure_logging(Role.ATTENTION.value, name, self._log_level)
+
+
+async def _first_of(joined: Awaitable[object], agent: "asyncio.Task[None]") -> None:
+    """Waits for the first epoch. Raises what the agent ended with, if that comes first: without it none will come."""
+    waiting = asyncio.ensure_future(joined)
+    try:
+        await asyncio.wait((waiting, agent), return_when=asyncio.FIRST_COMPLETED)
+        if agent.done():
+            agent.result()
+    finally:
+        waiting.cancel()
 
 
 async def _why_in_no_epoch(name: str, spec: CellSpec, client: RayCoordinatorClient) -> str:

@@ -60,9 +60,12 @@ class ExpertRank:
         try:
             await agent.run()
         finally:
-            # Whoever runs it again loads a new one: two slices would not fit.
+            # Whoever runs it again loads a new one: two slices would not fit. The shard's thread holds `epoch_ended`,
+            # that holds the agent and the agent the shard, so the circle is opened here and not by chance later.
             self._shard = None
             await asyncio.to_thread(shard.close)
+            agent = None
+            del shard
 
     def _load(self, epoch_ended: Callable[[EpochEnd], None], progress: LoadingReporter) -> ExpertShard:
         # Imported here: the coordinator imports this module to make the actors, and has no use for torch.

@@ -12,7 +12,7 @@ from cluster.logs import log_event
 from cluster.request import FinishReason, GenerationRequest, StepOutput, TokenLogprob
 from deploy.gateway.engine_client import EngineClient
 from deploy.text import IncrementalDetokenizer
-from model_shards.errors import DeadlineError, UnavailableError
+from model_shards.errors import DeadlineError, FailedRequestError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class Generation:
     def _event(self, output: StepOutput) -> GenerationEvent:
         """One engine output as text; a stop string ends the answer as an end-of-sequence token does."""
         if output.finish_reason is FinishReason.ERROR:
-            raise UnavailableError(output.error or "the engine ended the request with an error")
+            raise FailedRequestError(output.error or "the engine ended the request with an error")
         text, taken, stopped = "", 0, False
         offsets: list[int] = []
         # One by one: an output may hold many tokens, and those behind a stop string are not part of the answer.

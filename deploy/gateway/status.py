@@ -12,6 +12,7 @@ from model_shards.errors import (
     ConfigError,
     DeadlineError,
     EpochAbortedError,
+    FailedRequestError,
     InvalidRequestError,
     OverloadedError,
     ShoalError,
@@ -46,6 +47,7 @@ class _Row:
     label: str | None = None
 
 
+# Compared by identity: another row of the same status tells its message.
 _INTERNAL = _Row(grpc.StatusCode.INTERNAL, 500, "internal_error")
 
 # The first class that fits counts. Rows of `_INTERNAL` are the operator's business: clients get no message of theirs.
@@ -57,6 +59,8 @@ TABLE: dict[type[ShoalError], _Row] = {
     OverloadedError: _Row(grpc.StatusCode.RESOURCE_EXHAUSTED, 429, "rate_limit_error"),
     UnavailableError: _Row(grpc.StatusCode.UNAVAILABLE, 503, "service_unavailable"),
     EpochAbortedError: _Row(grpc.StatusCode.UNAVAILABLE, 503, "service_unavailable"),
+    # Told with its message, which has no internals; not UNAVAILABLE, which clients answer by sending it again.
+    FailedRequestError: _Row(grpc.StatusCode.INTERNAL, 500, "internal_error"),
     DeadlineError: _Row(grpc.StatusCode.DEADLINE_EXCEEDED, 504, "timeout"),
     ConfigError: _INTERNAL,
     CheckpointError: _INTERNAL,

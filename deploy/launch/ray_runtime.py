@@ -27,6 +27,8 @@ _CONNECT_S = 10.0
 _DAEMONS_END_S = 1.0
 _DAEMONS = ("gcs_server", "raylet")
 _QUIET = {"RAY_DEDUP_LOGS": "0", "RAY_SERVE_LOG_TO_STDERR": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+# torch's warnings about a connection or a wait that ended: what they mean is in our own log.
+_QUIET |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}
 _SERVE_CONTROLLER = ("SERVE_CONTROLLER_ACTOR", "serve")
 
 

@@ -3,7 +3,9 @@
 import asyncio
 from types import SimpleNamespace
 
-from cluster.actors.attention import AttentionRank, _why_in_no_epoch
+import pytest
+
+from cluster.actors.attention import AttentionRank, _first_of, _why_in_no_epoch
 from cluster.control import CellState, CellStatus
 from cluster.limits import EngineLimits
 from cluster.spec import CellSpec
@@ -17,10 +19,13 @@ def test_a_replica_that_is_taken_down_unregisters_before_it_leaves_its_epoch():
         async def unregister():
             done.append("unregister")
 
+        async def close():
+            done.append("close")
+
         rank = SimpleNamespace(
             _agent_task=asyncio.create_task(asyncio.sleep(60.0)),
             _agent=SimpleNamespace(unregister=unregister),
-            _replica=SimpleNamespace(close=lambda: done.append("close")),
+            _replica=SimpleNamespace(close=close),
         )
         # Not a real one: its __del__ is Serve's hook, a coroutine, which must not be left to the garbage collector.
         await AttentionRank._leave(rank)
@@ -32,6 +37,23 @@ def test_a_replica_that_is_taken_down_unregisters_before_it_leaves_its_epoch():
 
 def test_a_replica_that_failed_to_load_has_nothing_to_leave():
     asyncio.run(AttentionRank._leave(SimpleNamespace(_agent_task=None)))
+
+
+def test_an_agent_that_fails_before_the_first_epoch_is_told_at_once_and_with_its_own_error():
+    async def scenario():
+        async def fail():
+            raise OSError("no port is free")
+
+        never = asyncio.Event()
+        with pytest.raises(OSError, match="no port is free"):
+            await asyncio.wait_for(_first_of(never.wait(), asyncio.create_task(fail())), 5.0)
+        joined = asyncio.Event()
+        joined.set()
+        agent = asyncio.create_task(asyncio.sleep(60.0))
+        await asyncio.wait_for(_first_of(joined.wait(), agent), 5.0)
+        agent.cancel()
+
+    asyncio.run(scenario())
 
 
 def test_a_replica_that_joins_no_epoch_in_time_names_the_missing_ranks_and_both_bounds():

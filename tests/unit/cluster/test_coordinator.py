@@ -153,6 +153,21 @@ def test_an_aborted_epoch_is_followed_by_the_next_with_the_replacement_in_the_de
     asyncio.run(scenario())
 
 
+def test_a_rank_that_left_the_running_epoch_unheard_says_so_when_it_registers_again():
+    async def scenario():
+        coordinator = make_coordinator(1, 1)
+        async with running(coordinator):
+            a0, _ = start_cell(coordinator, 1, 1)
+            await coordinator.wait_running(WAIT_S)
+            epoch = a0.epochs[-1]
+            told = Registration("e0", Role.EXPERT, 0, highest_epoch=epoch, ended_epoch=epoch)
+            await coordinator.register(told)
+            assert coordinator.status().state is CellState.ENDING
+            await a0.told_to_join(above=epoch)
+
+    asyncio.run(scenario())
+
+
 def test_a_replacement_that_comes_in_the_middle_of_the_roll_call_ends_the_wait_for_the_dead():
     async def scenario():
         coordinator = make_coordinator(1, 2)

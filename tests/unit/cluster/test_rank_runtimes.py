@@ -215,7 +215,9 @@ def test_a_replica_closes_in_the_middle_of_a_join(directory):
     async def scenario() -> None:
         async with tiny_cell(directory) as cell:
             joining = await join_alone(cell)
-            assert await asyncio.to_thread(cell.replica.close, 5.0)
+            assert await cell.replica.close(5.0)
+            with pytest.raises(UnavailableError, match="this replica is shutting down"):
+                await cell.generate(greedy("late", 4, 5))
             with pytest.raises(UnavailableError):
                 await joining
 

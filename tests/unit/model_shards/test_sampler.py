@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model_shards.sampler import SamplingRow, TokenStatistics, has_penalty, sample, uniform
+from model_shards.sampler import NO_TOKEN, SampledToken, SamplingRow, TokenStatistics, has_penalty, sample, uniform
 from model_shards.sampling import SamplingParams
 
 CPU = torch.device("cpu")
@@ -160,3 +160,20 @@ def test_neighbouring_seeds_and_positions_are_not_correlated() -> None:
     across_positions = float((grid[:, 1:] * grid[:, :-1]).mean() * 12)
     assert abs(across_seeds) < 0.04
     assert abs(across_positions) < 0.04
+
+
+@pytest.mark.parametrize("logprobs", [None, 2])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("temperatures", [(0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.0, 1.0, 1.0), (1.0, 0.0, 0.0)])
+def test_a_row_that_is_not_finite_gives_no_token_and_leaves_its_neighbours_alone(temperatures, broken, logprobs):
+    logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(2))
+    rows = [
+        SamplingRow(SamplingParams(temperature=t, logprobs=logprobs), seed=i, position=5, statistics=None)
+        for i, t in enumerate(temperatures)
+    ]
+    sound = sample(logits, rows)
+    # One NaN or infinity spoils a row; -inf is a token that cannot be, so only a row of nothing else is spoilt.
+    logits[1, slice(None) if broken == -float("inf") else 7] = broken
+    spoilt = sample(logits, rows)
+    assert spoilt[1] == SampledToken(NO_TOKEN)
+    assert (spoilt[0], spoilt[2]) == (sound[0], sound[2])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from cluster.request import FinishReason
 from deploy.gateway.generation import Usage
 from deploy.gateway.validation import SamplingFields
-from model_shards.errors import DeadlineError, UnavailableError
+from model_shards.errors import DeadlineError, FailedRequestError, UnavailableError
 from tests.scripted_engine import MODEL, ScriptedEngine, make_gateway, on_event_loop, steps_of, tokenizer, tokens_of
 
 SENTENCE = "Die Wale sind groß — très grands, 大きい. END of it"
@@ -134,7 +134,7 @@ async def test_what_the_engine_raises_midway_comes_through_unchanged(error):
 
 @on_event_loop
 async def test_an_error_output_is_unavailable_with_its_reason():
-    with pytest.raises(UnavailableError, match="the script says so"):
+    with pytest.raises(FailedRequestError, match="the script says so"):
         await events_of(ScriptedEngine(finish_reason=FinishReason.ERROR))
 
 

@@ -9,7 +9,13 @@ import pytest
 from cluster.request import FinishReason
 from deploy.gateway.validation import SamplingFields
 from deploy.text.messages import ChatMessage
-from model_shards.errors import DeadlineError, InvalidRequestError, OverloadedError, UnavailableError
+from model_shards.errors import (
+    DeadlineError,
+    FailedRequestError,
+    InvalidRequestError,
+    OverloadedError,
+    UnavailableError,
+)
 from tests.scripted_engine import (
     MAX_MODEL_LEN,
     MODEL,
@@ -163,8 +169,8 @@ ENDS = {
     "failed": (
         lambda: ScriptedEngine(finish_reason=FinishReason.ERROR),
         SamplingFields(),
-        UnavailableError,
-        "Unavailable",
+        FailedRequestError,
+        "FailedRequest",
     ),
     "late": (lambda: ScriptedEngine(holds=True), SamplingFields(), DeadlineError, "Deadline"),
 }
