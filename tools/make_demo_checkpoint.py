@@ -16,27 +16,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from model_shards.config import ModelConfig, load_model_config
 from model_shards.weights.check import expected_shapes
+from training.tokenizer import BOS_ID, EOS_ID, train_tokenizer, write_tokenizer
 
 SEED = 2
-BOS = "<｜begin▁of▁sentence｜>"
-EOS = "<｜end▁of▁sentence｜>"
-BOS_ID, EOS_ID = 0, 1
-# How DeepSeek-V2 was taught to chat.
-CHAT_TEMPLATE = (
-    "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\n\n' }}"
-    "{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + eos_token }}"
-    "{% elif message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
-    "{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
 CONFIG: dict[str, object] = {
     "architectures": ["DeepseekV2ForCausalLM"],
     "attention_bias": False,
@@ -112,28 +97,6 @@ def training_text() -> Iterator[str]:
     yield from pydoc_data.topics.topics.values()
 
 
-def train_tokenizer(vocab_size: int) -> Tokenizer:
-    """Byte-level BPE that splits digits apart, as DeepSeek-V2's does."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[AddedToken(BOS, special=True), AddedToken(EOS, special=True)],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(training_text(), trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS}:0 $A:0", pair=f"{BOS}:0 $A:0 {BOS}:1 $B:1", special_tokens=[(BOS, BOS_ID)]
-    )
-    if tokenizer.get_vocab_size() != vocab_size or [tokenizer.token_to_id(token) for token in (BOS, EOS)] != [0, 1]:
-        raise SystemExit(f"the training text gives {tokenizer.get_vocab_size()} tokens, {vocab_size} are needed")
-    return tokenizer
-
-
 def random_weights(config: ModelConfig) -> dict[str, torch.Tensor]:
     """bf16 tensors by Hugging Face name, at the scale of a trained model, with a router that tells experts apart."""
     generator = torch.Generator().manual_seed(SEED)
@@ -152,36 +115,14 @@ def random_weights(config: ModelConfig) -> dict[str, torch.Tensor]:
     return weights
 
 
-def tokenizer_config(max_length: int) -> dict[str, object]:
-    """What surrounds the tokens: special tokens and the chat template."""
-
-    def token(text: str) -> dict[str, object]:
-        flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-        return {"__type": "AddedToken", "content": text, **flags}
-
-    return {
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "bos_token": token(BOS),
-        "chat_template": CHAT_TEMPLATE,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": token(EOS),
-        "model_max_length": max_length,
-        "pad_token": token(EOS),
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "unk_token": None,
-    }
-
-
 def make_checkpoint(directory: Path) -> None:
     """Writes a Hugging Face directory."""
     directory.mkdir(parents=True, exist_ok=True)
     _write_json(directory / "config.json", CONFIG)
     _write_json(directory / "generation_config.json", GENERATION_CONFIG)
     config = load_model_config(directory)
-    _write_json(directory / "tokenizer_config.json", tokenizer_config(config.max_position_embeddings))
-    # Not indented: the file is a third of the size.
-    (directory / "tokenizer.json").write_text(train_tokenizer(config.vocab_size).to_str(pretty=False), encoding="utf-8")
+    tokenizer = train_tokenizer(training_text(), config.vocab_size)
+    write_tokenizer(tokenizer, directory, config.max_position_embeddings)
     weights = directory / "model.safetensors"
     save_file(random_weights(config), weights, metadata={"format": "pt"})
     weights.chmod(0o644)  # save_file lets its owner alone read it; an image is built by one user and run by another

@@ -21,8 +21,9 @@ from tests.reference import (
     run_steps,
     single_sequence_batch,
 )
-from tools.make_demo_checkpoint import CHAT_TEMPLATE, CONFIG, GENERATION_CONFIG, MODEL_CARD, random_weights
-from tools.make_demo_checkpoint import tokenizer_config as made_tokenizer_config
+from tools.make_demo_checkpoint import CONFIG, GENERATION_CONFIG, MODEL_CARD, random_weights
+from training.tokenizer import CHAT_TEMPLATE
+from training.tokenizer import tokenizer_config as made_tokenizer_config
 
 DIRECTORY = default_model_directory()
 MODEL_CONFIG = load_model_config(DIRECTORY)
