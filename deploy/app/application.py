@@ -10,7 +10,7 @@ from deploy.config import ShoalSettings
 APP_NAME = "shoal"
 # What Serve's gRPC proxy serves; the functions are imported in the proxy's process.
 SERVICER_FUNCTIONS = (
-    "deploy.gateway.inference_pb2_grpc.add_InferenceServicer_to_server",
+    "deploy.gateway.grpc_servicer.add_cancelling_servicer",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 )
 # A streaming request holds its place for its whole life, and the engine queues by itself: Serve's own limit per

@@ -28,7 +28,7 @@ http_options:
 grpc_options:
   port: 9000
   grpc_servicer_functions:
-    - deploy.gateway.inference_pb2_grpc.add_InferenceServicer_to_server
+    - deploy.gateway.grpc_servicer.add_cancelling_servicer
     - grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server
 applications:
   - name: shoal
