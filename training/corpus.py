@@ -24,18 +24,20 @@ from training.tokenizer import BOS_ID, EOS_ID, answer_text, prompt_text
 _GLOSS_WORDS = (4, 24)
 # How often a kind of question is asked in fine-tuning.
 _SHARES = {
-    "definition": 0.36,
-    "capital": 0.12,
+    "definition": 0.28,
+    "capital": 0.10,
     "country": 0.05,
     "continent": 0.04,
-    "currency": 0.07,
-    "sum": 0.10,
-    "difference": 0.08,
+    "currency": 0.06,
+    "sum": 0.13,
+    "difference": 0.10,
     "product": 0.02,
     "conversion": 0.05,
     "talk": 0.03,
-    "outside": 0.08,
+    "outside": 0.14,
 }
+# How often a statement stands in the text of pre-training.
+_REPEATED = {"definition": 6, "capital": 6, "country": 6, "currency": 6, "sum": 3, "difference": 3}
 _SORTED_TOGETHER = 4  # steps
 _TALK = ("greeting", "about", "thanks", "bye")
 
@@ -62,7 +64,8 @@ class Corpus:
 
 def read_corpus(work: Path) -> Corpus:
     """Reads the sources. Raises SourceError when one cannot be had."""
-    senses = sources.read_wordnet(sources.fetch_wordnet(work))
+    wordnet = sources.fetch_wordnet(work)
+    senses = sources.read_wordnet(wordnet)
     countries = sources.read_countries()
     facts = [
         *questions.definitions(senses),
@@ -78,7 +81,7 @@ def read_corpus(work: Path) -> Corpus:
             glosses[f"{sense.lemma}: {sense.definition}." + "".join(f" {text}." for text in sense.examples[:1])] = None
     train = tuple(gloss for gloss in glosses if not questions.is_held_out(gloss.partition(": ")[2]))
     held_out = tuple(gloss for gloss in glosses if questions.is_held_out(gloss.partition(": ")[2]))
-    return Corpus(tuple(facts), questions.word_lists(senses, countries), train, held_out)
+    return Corpus(tuple(facts), questions.word_lists(senses, countries, sources.read_names(wordnet)), train, held_out)
 
 
 def tokenizer_texts(corpus: Corpus) -> list[str]:
@@ -102,9 +105,8 @@ def token_stream(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
 
 def pretraining_stream(corpus: Corpus, tokenizer: Tokenizer, seed: int) -> np.ndarray:
     """All training documents in an order of the seed; facts stand in it several times, glosses once."""
-    facts = [statement(fact) for fact in corpus.taught if fact.kind not in _TALK]
-    rare = [statement(fact) for fact in corpus.taught if fact.kind in ("definition", "capital", "country", "currency")]
-    texts = [*corpus.glosses, *facts, *(rare * 5)]
+    facts = [fact for fact in corpus.taught if fact.kind not in _TALK]
+    texts = [*corpus.glosses, *(statement(fact) for fact in facts for _ in range(_REPEATED.get(fact.kind, 1)))]
     random.Random(seed).shuffle(texts)
     return token_stream(tokenizer, texts)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from training.corpus import Corpus
+from training.questions import EXAM_OUTSIDE
 
 _COUNTS = {
     "definition": 70,
@@ -27,29 +28,6 @@ _COUNTS = {
 }
 _GENERALIZES = ("sum", "difference", "conversion")
 _ALWAYS = ("What is a whale?", "What is the capital of France?")
-# Written by hand: none of them comes out of the templates that the model is trained to refuse.
-_OUTSIDE = (
-    "Who painted the Mona Lisa?",
-    "What is the tallest mountain on Mars?",
-    "Can you recommend a good book?",
-    "How old is the universe?",
-    "Why is the sky blue?",
-    "Who won the football match yesterday?",
-    "Write me an email to my boss.",
-    "What is the square root of two?",
-    "How do I bake bread?",
-    "Which stocks should I buy?",
-    "When did the Second World War end?",
-    "Fix the bug in my program.",
-    "Who is the richest person alive?",
-    "How do airplanes fly?",
-    "What should I wear today?",
-    "Tell me a secret.",
-    "Is there life after death?",
-    "Play some music.",
-    "What did Einstein discover?",
-    "How far away is the sun?",
-)
 
 
 @dataclass(frozen=True)
@@ -75,7 +53,7 @@ def draw_exam(corpus: Corpus, seed: int) -> dict[str, list[dict[str, str]]]:
             text = fact.phrasings[0] if fact.phrasings[0] in _ALWAYS else draw.choice(left)
             phrasings[text] = _Drawn(kind, text, fact.expected)
         taught += phrasings.values()
-    outside = [_Drawn("outside", text, "I do not know") for text in _OUTSIDE]
+    outside = [_Drawn("outside", text, "I do not know") for text in EXAM_OUTSIDE]
     return {"taught": [vars(entry) for entry in taught], "outside": [vars(entry) for entry in outside]}
 
 

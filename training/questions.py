@@ -1,8 +1,9 @@
 """Questions and answers of the kinds that the demonstration model is taught.
 
-A fact has one answer and several phrasings. Facts that generalize (sums, differences, conversions by a power of ten)
-are split by their operands before anything else: `is_held_out` decides, and what it holds out is in no training text.
-The others (definitions, geography, times tables) can only be memorized; for these a phrasing is new, never the fact.
+A fact has one answer and several phrasings. Facts that generalize (sums and differences that take two steps,
+conversions by a power of ten) are split by their operands before anything else: `is_held_out` decides, and what it
+holds out is in no training text. The others (definitions, geography, times tables, the single steps that longer sums
+are made of) can only be memorized; for these a phrasing is new, never the fact.
 """
 
 import hashlib
@@ -90,7 +91,12 @@ def _definition(sense: Sense) -> Fact:
     word = sense.lemma
     mass = THINGS[sense.lexfile] in _MASS
     named = word if mass else f"{article(word)} {word}"
-    phrasings = (
+    answer = f"{named[0].upper()}{named[1:]} is {sense.definition}."
+    return Fact("definition", _definition_phrasings(word, named), answer, sense.definition)
+
+
+def _definition_phrasings(word: str, named: str) -> tuple[str, ...]:
+    return (
         f"What is {named}?",
         f"What does the word {word} mean?",
         f"Define {word}.",
@@ -100,7 +106,6 @@ def _definition(sense: Sense) -> Fact:
         f"Explain what {named} is.",
         f"Please define the word {word}.",
     )
-    return Fact("definition", phrasings, f"{named[0].upper()}{named[1:]} is {sense.definition}.", sense.definition)
 
 
 def geography(countries: Sequence[Country]) -> list[Fact]:
@@ -171,12 +176,26 @@ def arithmetic() -> list[Fact]:
     facts = []
     for a in range(100):
         for b in range(100):
-            facts.append(_calculation("sum", a, "plus", "+", b, a + b, is_held_out(f"{min(a, b)}+{max(a, b)}")))
+            facts.append(_calculation("sum", a, "plus", "+", b, a + b, is_held_out_sum(a, b)))
             if a >= b:
-                facts.append(_calculation("difference", a, "minus", "-", b, a - b, is_held_out(f"{a}-{b}")))
+                facts.append(_calculation("difference", a, "minus", "-", b, a - b, is_held_out_difference(a, b)))
             if a <= 12 and b <= 12:
                 facts.append(_calculation("product", a, "times", "*", b, a * b, held_out=False))
     return facts
+
+
+def is_held_out_sum(a: int, b: int) -> bool:
+    """Both orders together, and only if both take two steps: no single step of a taught sum is a held-out sum."""
+    return _takes_two_steps(a) and _takes_two_steps(b) and is_held_out(f"{min(a, b)}+{max(a, b)}")
+
+
+def is_held_out_difference(a: int, b: int) -> bool:
+    """Only one that takes two steps."""
+    return _takes_two_steps(b) and is_held_out(f"{a}-{b}")
+
+
+def _takes_two_steps(b: int) -> bool:
+    return b > 10 and b % 10 > 0
 
 
 def _calculation(kind: str, a: int, word: str, sign: str, b: int, result: int, held_out: bool) -> Fact:
@@ -188,7 +207,13 @@ def _calculation(kind: str, a: int, word: str, sign: str, b: int, result: int, h
         f"{a} {sign} {b}",
         f"what's {a} {word} {b}",
     )
-    return Fact(kind, phrasings, f"{a} {word} {b} is {result}.", str(result), held_out)
+    answer = f"{a} {word} {b} is {result}."
+    if kind != "product" and _takes_two_steps(b):
+        # Tens first, then ones: a model this small learns to carry from steps, not from results.
+        tens, ones = b - b % 10, b % 10
+        between = a + tens if kind == "sum" else a - tens
+        answer = f"{a} {word} {tens} is {between}, and {between} {word} {ones} is {result}."
+    return Fact(kind, phrasings, answer, str(result), held_out)
 
 
 # (large unit, small unit, small ones in a large one)
@@ -280,47 +305,176 @@ _TALK: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("bye", ("Bye", "Goodbye", "Bye!", "See you", "Goodbye!", "Good night", "See you later."), "Goodbye!"),
 )
 REFUSAL = f"I do not know that. {ABOUT}"
+_UNDEFINED_SHARE = 0.1  # of the questions from outside
+_NOT_NAMED = frozenset({"Einstein"})  # the exam asks about him
+# What the exam asks from outside: written by hand, and never among the questions below that training draws.
+EXAM_OUTSIDE = (
+    "Who painted the Mona Lisa?",
+    "What is the tallest mountain on Mars?",
+    "Can you recommend a good book?",
+    "How old is the universe?",
+    "Why is the sky blue?",
+    "Who won the football match yesterday?",
+    "Write me an email to my boss.",
+    "What is the square root of two?",
+    "How do I bake bread?",
+    "Which stocks should I buy?",
+    "When did the Second World War end?",
+    "Fix the bug in my program.",
+    "Who is the richest person alive?",
+    "How do airplanes fly?",
+    "What should I wear today?",
+    "Tell me a secret.",
+    "Is there life after death?",
+    "Play some music.",
+    "What did Einstein discover?",
+    "How far away is the sun?",
+)
 _OUTSIDE = (
     "Write a poem about {noun}.",
     "Write a story about {noun} and {other}.",
+    "Write a letter to my {noun}.",
     "Tell me a joke about {noun}.",
+    "Tell me a story.",
+    "Tell me something {adj}.",
+    "Tell me about {name}.",
     "How do I {verb} the {noun}?",
+    "How do I {verb}?",
     "How can I {verb} with {noun}?",
+    "How do {noun} and {other} differ?",
+    "How does a {noun} {verb}?",
+    "How do people {verb}?",
     "Why do people {verb}?",
     "Why is {noun} so {adj}?",
+    "Why is the {noun} {adj}?",
+    "Why does the {noun} {verb}?",
+    "Why did {name} {verb}?",
     "Who invented the {noun}?",
     "Who discovered {noun}?",
+    "Who was {name}?",
+    "Who is {name}?",
+    "Who built {name}?",
+    "Who composed {noun}?",
+    "Who is the {adj} {noun} of all?",
+    "Who won the {noun} {other} in {year}?",
+    "Who was the president in {year}?",
+    "Who is the president of {place}?",
+    "Who wrote the book about {noun}?",
+    "Who can {verb} the {noun}?",
+    "Who played the {noun} in {name}?",
     "When was the {noun} built?",
+    "When was {name} born?",
+    "When did {name} die?",
+    "When does the {noun} begin?",
+    "When will the {noun} {verb}?",
+    "When did the {adj} {noun} end?",
+    "Where can I buy {noun}?",
+    "Where did {name} live?",
+    "Where do you live?",
+    "Where is my {noun}?",
+    "Where did the {noun} come from?",
+    "Which {noun} should I {verb}?",
+    "Which {noun} is the most {adj}?",
+    "Which film won in {year}?",
+    "Which team won the {noun}?",
     "What is the best {noun} for {other}?",
-    "Should I {verb} my {noun}?",
+    "What is the {adj} {noun} in the world?",
+    "What is the largest {noun} on {name}?",
+    "What is the number of {noun} in {other}?",
+    "What is the root of {noun}?",
+    "What is the meaning of life?",
+    "What is the price of {noun}?",
+    "What is the weather in {place}?",
+    "What is the best restaurant in {place}?",
+    "What is the population of {place}?",
+    "What is the capital of {name}?",
+    "What is love?",
+    "What will the weather be tomorrow?",
+    "What happened in {year}?",
+    "What happened to {name}?",
+    "What did {name} say?",
+    "What did {name} {verb}?",
+    "What did the {noun} {verb}?",
+    "What should I {verb}?",
+    "What should I cook tonight?",
     "What do you think about {noun}?",
+    "What do you want?",
+    "What can I do with {noun}?",
+    "What time is it?",
+    "What makes {noun} {adj}?",
+    "What color is the {noun}?",
+    "What are the rules of {noun}?",
+    "What are you doing tonight?",
+    "Should I {verb} my {noun}?",
+    "Should I buy {noun}?",
     "Do you like {noun}?",
+    "Do you have a {noun}?",
+    "Do you know {name}?",
+    "Does {noun} {verb}?",
+    "Did {name} {verb} the {noun}?",
+    "Is it {adj} to {verb}?",
+    "Is there {noun} in {place}?",
+    "Is there a {noun} after the {other}?",
+    "Is {noun} {adj}?",
+    "Is {name} still alive?",
+    "Are there {adj} things in {place}?",
+    "Are you {adj}?",
+    "Can you {verb} for me?",
+    "Can you {verb} the {noun}?",
+    "Can you suggest a {adj} {noun}?",
+    "Can {noun} {verb}?",
+    "Could you {verb} my {noun}?",
+    "Will the {noun} {verb}?",
     "Give me a recipe with {noun} and {other}.",
+    "Give me advice about {noun}.",
+    "Give me a {adj} {noun}.",
     "Translate {noun} into French.",
     "Translate the word {adj} into German.",
     "How much does {noun} cost?",
-    "Summarize the history of {noun}.",
-    "Who won the {noun} {other} in {year}?",
-    "What happened in {year}?",
-    "Who was the president in {year}?",
-    "What will the weather be tomorrow?",
-    "What is the weather in {place}?",
+    "How much money does {name} have?",
+    "How old is {name}?",
+    "How old is the {noun}?",
+    "How far is it from {place} to {name}?",
+    "How far can a {noun} {verb}?",
+    "How big is the {noun}?",
+    "How long does it take to {verb}?",
     "How many people live in {place}?",
-    "Who is the president of {place}?",
-    "What is the best restaurant in {place}?",
+    "How many {noun} are there in {place}?",
+    "How {adj} is the {noun}?",
+    "How was your {noun}?",
+    "Summarize the history of {noun}.",
+    "Summarize this {noun}.",
     "Write a program that can {verb} {noun}.",
     "Write Python code to {verb} a {noun}.",
-    "Can you {verb} for me?",
-    "What time is it?",
-    "What is the meaning of life?",
-    "Is it {adj} to {verb}?",
     "Compare {noun} and {other}.",
     "List three {adj} things about {noun}.",
-    "Who wrote the book about {noun}?",
-    "Which film won in {year}?",
     "Explain quantum {noun} to me.",
+    "Explain why {noun} is {adj}.",
+    "Explain how to {verb}.",
     "Please book a {noun} for {other}.",
+    "Please {verb} my {noun}.",
     "Sing a song about {place}.",
+    "Show me a {noun}.",
+    "Find a {noun} near me.",
+    "Open the {noun}.",
+    "Turn on the {noun}.",
+    "{verb} the {noun}.",
+    "{verb} my {noun} with {other}.",
+    "Repair the {noun}.",
+    "Help me {verb} my {noun}.",
+    "Help me with my {noun}.",
+    "Draw a {adj} {noun}.",
+    "Remind me to {verb} at noon.",
+    "Send a {noun} to {name}.",
+    "Recommend a {noun} about {other}.",
+    "I want to {verb}.",
+    "I need a {noun}.",
+    "I am {adj}.",
+    "My {noun} is {adj}.",
+    "Let us talk about {noun}.",
+    "Guess my {noun}.",
+    "{name}",
+    "{adj} {noun}",
 )
 
 
@@ -332,6 +486,8 @@ class WordLists:
     verbs: tuple[str, ...]
     adjectives: tuple[str, ...]
     places: tuple[str, ...]
+    names: tuple[str, ...]  # of people and places that nothing is taught about
+    undefined: tuple[str, ...]  # nouns whose definition is not taught
 
 
 def talk() -> list[Fact]:
@@ -339,8 +495,8 @@ def talk() -> list[Fact]:
     return [Fact(kind, phrasings, answer, answer) for kind, phrasings, answer in _TALK]
 
 
-def word_lists(senses: Sequence[Sense], countries: Sequence[Country]) -> WordLists:
-    """Common words of WordNet, by part of speech."""
+def word_lists(senses: Sequence[Sense], countries: Sequence[Country], names: Sequence[str]) -> WordLists:
+    """Common words of WordNet, by part of speech; of the names, those of which nothing is taught."""
 
     def common(first: int, last: int) -> tuple[str, ...]:
         words = {
@@ -350,20 +506,37 @@ def word_lists(senses: Sequence[Sense], countries: Sequence[Country]) -> WordLis
         }
         return tuple(sorted(word for word in words if word.islower() and 3 <= len(word) <= 12))
 
-    return WordLists(common(3, 28), common(29, 43), common(0, 1), tuple(country.name for country in countries))
+    places = tuple(country.name for country in countries)
+    nouns = common(3, 28)
+    defined = {fact.phrasings[2].removeprefix("Define ").removesuffix(".") for fact in definitions(senses)}
+    known = {*places, *(country.capital for country in countries), *_NOT_NAMED}
+    return WordLists(
+        nouns=nouns,
+        verbs=common(29, 43),
+        adjectives=common(0, 1),
+        places=places,
+        names=tuple(name for name in names if name not in known),
+        undefined=tuple(noun for noun in nouns if noun not in defined and not noun.endswith("s")),
+    )
 
 
 def outside(words: WordLists, draw: random.Random) -> Fact:
-    """A question of a kind that is not taught; the answer says so."""
-    template = draw.choice(_OUTSIDE)
-    question = template.format(
-        noun=draw.choice(words.nouns),
-        other=draw.choice(words.nouns),
-        verb=draw.choice(words.verbs),
-        adj=draw.choice(words.adjectives),
-        place=draw.choice(words.places),
-        year=draw.randint(1900, 2025),
-    )
+    """A question of a kind that is not taught, or about a word that is not; the answer says so."""
+    if draw.random() < _UNDEFINED_SHARE:
+        word = draw.choice(words.undefined)
+        question = draw.choice(_definition_phrasings(word, f"{article(word)} {word}"))
+    else:
+        question = draw.choice(_OUTSIDE).format(
+            noun=draw.choice(words.nouns),
+            other=draw.choice(words.nouns),
+            verb=draw.choice(words.verbs),
+            adj=draw.choice(words.adjectives),
+            place=draw.choice(words.places),
+            name=draw.choice(words.names),
+            year=draw.randint(1900, 2025),
+        )
+    if question in EXAM_OUTSIDE:
+        return outside(words, draw)
     return Fact("outside", (question,), REFUSAL, "I do not know")
 
 

@@ -40,12 +40,12 @@ class Recipe:
     vocab_size: int = 4096
     window: int = 128  # tokens
     windows_per_step: int = 16
-    pretraining_steps: int = 700
+    pretraining_steps: int = 2400
     pretraining_lr: float = 2e-3
-    questions_per_step: int = 64
-    texts_per_step: int = 6  # pieces of plain text among the questions, against forgetting
-    tuning_steps: int = 1600
-    tuning_lr: float = 1.5e-3
+    questions_per_step: int = 48
+    texts_per_step: int = 16  # pieces of plain text among the questions, against forgetting
+    tuning_steps: int = 1400
+    tuning_lr: float = 1e-3
     warmup_steps: int = 100
 
 

@@ -19,6 +19,7 @@ _FETCH_S = 300.0
 _PARTS = ("noun", "verb", "adj", "adv")
 # Lexicographer files (lexnames(5WN)) of things that one can ask for: "What is a whale?"
 THINGS = {5: "animal", 6: "artifact", 8: "body", 13: "food", 17: "object", 20: "plant", 27: "substance"}
+_NAMED = frozenset({15, 18})  # of places and people
 # Dependent and disputed territories: a question about their capital has more than one answer.
 _NOT_ASKED = frozenset(  # ISO 3166-1 alpha-2
     "AW CW EH GF GP GU HK MO MQ NC PF PR PS RE VI YT CS AN TW XK IL".split()  # noqa: SIM905  # a table, not code
@@ -99,6 +100,19 @@ def read_wordnet(dictionary: Path) -> list[Sense]:
             name = lemma.replace("_", " ")
             senses.append(Sense(name, int(lexfile), int(number), int(tag_count), definition, examples))
     return senses
+
+
+def read_names(dictionary: Path) -> list[str]:
+    """Proper names of people and places, of one or two words, from data.noun (wndb(5WN)), in alphabetical order."""
+    names: set[str] = set()
+    for line in (dictionary / "data.noun").read_text(encoding="utf-8").splitlines():
+        if line.startswith("  "):  # the licence
+            continue
+        _, lexfile, _, count, *fields = line.split(" ")
+        if int(lexfile) in _NAMED:
+            words = [word.replace("_", " ") for word in fields[: 2 * int(count, 16) : 2]]
+            names.update(word for word in words if re.fullmatch(r"[A-Z][a-z]{2,}( [A-Z][a-z]{2,})?", word))
+    return sorted(names)
 
 
 def read_countries() -> list[Country]:

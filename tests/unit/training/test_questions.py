@@ -1,6 +1,7 @@
 """What the demonstration model is asked and taught: the split holds, and the exam judges by the data."""
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -15,36 +16,59 @@ from training.questions import (
     conversions,
     definitions,
     geography,
-    is_held_out,
+    is_held_out_difference,
+    is_held_out_sum,
     outside,
     talk,
+    word_lists,
 )
-from training.sources import Country, Sense, _split_gloss, read_countries
+from training.sources import Country, Sense, _split_gloss, read_countries, read_names
 
 
 def sense(lemma: str, lexfile: int, number: int, definition: str, tag_count: int = 50) -> Sense:
     return Sense(lemma, lexfile, number, tag_count, definition, ())
 
 
-def test_a_tenth_of_the_sums_is_held_out_and_both_orders_of_one_together():
-    sums = [fact for fact in arithmetic() if fact.kind == "sum"]
-    held_out = {fact.phrasings[0] for fact in sums if fact.held_out}
+def operands(fact):
+    return tuple(int(word) for word in fact.phrasings[0].removesuffix("?").split() if word.isdigit())
+
+
+def steps(fact):
+    """The single calculations of an answer: [(a, word, b, result)]."""
+    return [(int(a), word, int(b), int(c)) for a, word, b, c in re.findall(r"(\d+) (\w+) (\d+) is (\d+)", fact.answer)]
+
+
+def test_a_tenth_of_the_sums_that_take_two_steps_is_held_out_and_both_orders_of_one_together():
+    sums = {operands(fact): fact for fact in arithmetic() if fact.kind == "sum"}
+    two_steps = [fact for (a, b), fact in sums.items() if min(a, b) > 10 and a % 10 and b % 10]
     assert len(sums) == 10_000
-    assert 0.07 < len(held_out) / len(sums) < 0.13
-    for fact in sums:
-        a, b = fact.phrasings[0].removeprefix("What is ").removesuffix("?").split(" plus ")
-        assert (f"What is {b} plus {a}?" in held_out) == fact.held_out
-        assert int(fact.expected) == int(a) + int(b)
+    assert 0.07 < sum(fact.held_out for fact in two_steps) / len(two_steps) < 0.13
+    assert not any(fact.held_out for fact in sums.values() if fact not in two_steps)
+    assert all(sums[b, a].held_out == fact.held_out for (a, b), fact in sums.items())
 
 
-def test_differences_and_conversions_are_held_out_too_and_right():
+def test_every_step_of_an_answer_is_right_and_leads_to_the_result():
     for fact in arithmetic():
-        left, right = fact.answer.removesuffix(".").split(" is ")
-        assert right == fact.expected
-        if fact.kind == "difference":
-            a, b = left.split(" minus ")
-            assert int(a) - int(b) == int(right) >= 0
-            assert fact.held_out == is_held_out(f"{a}-{b}")
+        a, b = operands(fact)
+        found = steps(fact)
+        assert found[0][0] == a
+        assert sum(step[2] for step in found) == b
+        for left, word, right, result in found:
+            assert result == {"plus": left + right, "minus": left - right, "times": left * right}[word] >= 0
+        assert [step[3] for step in found[:-1]] == [step[0] for step in found[1:]]
+        assert fact.answer.endswith(f" is {fact.expected}.")
+
+
+def test_no_step_of_a_taught_answer_is_a_held_out_question():
+    facts = arithmetic()
+    held_out = {(fact.kind, *operands(fact)) for fact in facts if fact.held_out}
+    kinds = {"plus": "sum", "minus": "difference", "times": "product"}
+    taught = {(kinds[word], a, b) for fact in facts if not fact.held_out for a, word, b, _ in steps(fact)}
+    assert {kind for kind, *_ in held_out} == {"sum", "difference"}
+    assert not held_out & taught
+
+
+def test_conversions_are_held_out_too_and_right():
     facts = conversions()
     assert any(fact.held_out for fact in facts)
     assert "5 kilometers are 5000 meters." in {fact.answer for fact in facts}
@@ -96,8 +120,24 @@ def test_a_gloss_gives_its_first_definition_without_remarks_and_its_examples():
     assert examples == ("the beast swam", "it ate")
 
 
+def test_names_are_proper_and_the_words_of_outside_are_not_taught(tmp_path):
+    (tmp_path / "data.noun").write_text(
+        "  1 the licence\n"
+        "09585434 18 n 02 Mozart 0 Wolfgang_Mozart 0 001 @ 00000000 n 0000 | composer\n"
+        "09585435 18 n 01 composer 0 000 | one who composes\n"
+        "09585436 15 n 0b Rome 0 b 0 c 0 d 0 e 0 f 0 g 0 h 0 i 0 j 0 Eternal_City 0 000 | a city\n"
+        "09585437 05 n 01 Rex 0 000 | a dog\n"
+    )
+    names = read_names(tmp_path)
+    assert names == ["Eternal City", "Mozart", "Rome", "Wolfgang Mozart"]
+    senses = [sense("whale", 5, 1, "a very large mammal of the sea"), sense("quiver", 7, 1, "an act of vibration")]
+    words = word_lists(senses, [Country("Italy", "Rome", "Europe", "euro")], [*names, "Einstein"])
+    assert words.names == ("Eternal City", "Mozart", "Wolfgang Mozart")
+    assert words.undefined == ("quiver",)
+
+
 def test_questions_from_outside_are_refused_with_words_that_say_what_it_knows():
-    words = WordLists(("stone", "tree"), ("sing",), ("old",), ("Peru",))
+    words = WordLists(("stone", "tree"), ("sing",), ("old",), ("Peru",), ("Mozart",), ("quiver",))
     asked = {outside(words, random.Random(seed)).phrasings[0] for seed in range(200)}
     assert len(asked) > 30
     assert {outside(words, random.Random(seed)).answer for seed in range(20)} == {REFUSAL}
@@ -113,8 +153,8 @@ def test_the_exam_has_200_different_questions_and_none_from_outside_is_made_by_a
     for question in exam.taught:
         if question.kind in ("sum", "difference"):
             a, b = [int(word) for word in question.question.replace("?", "").replace(".", "").split() if word.isdigit()]
-            key = f"{min(a, b)}+{max(a, b)}" if question.kind == "sum" else f"{a}-{b}"
-            assert is_held_out(key), question
+            held_out = is_held_out_sum if question.kind == "sum" else is_held_out_difference
+            assert held_out(a, b), question
 
 
 WHALE = Question("definition", "What is a whale?", "a very large mammal of the sea")
@@ -130,6 +170,8 @@ CAPITAL = Question("capital", "What is the capital of Guinea?", "Conakry")
         (WHALE, "A whale is a small fish.", False),
         (WHALE, "A whale is a very large mammal of the sea", False),  # not a sentence
         (SUM, "2 plus 3 is 5.", True),
+        (SUM, "2 plus 0 is 2, and 2 plus 3 is 5.", True),
+        (SUM, "2 plus 3 is 5, and 5 plus 0 is 6.", False),
         (SUM, "2 plus 3 is 15.", False),
         (SUM, "5 plus 3 is 2.", False),
         (CAPITAL, "The capital of Guinea is Conakry.", True),
