@@ -143,9 +143,13 @@ class Engine:
         assert self._in_flight is step, "only the step that was scheduled last can be committed"
         self._in_flight = None
         self._num_steps += 1
+        self._scheduler.commit(step.chunks)
         for chunk in step.chunks:
-            chunk.sequence.num_computed_tokens = chunk.stop
             chunk.sequence.num_lost_steps = 0
+        for sequence, token in zip(step.sampled, sampled.tokens, strict=True):
+            if token.token_id == NO_TOKEN:
+                # What is not finite may be in its blocks, and would fail all that took them.
+                self._scheduler.forget(sequence)
         outputs = [
             self._commit_token(sequence, token)
             for sequence, token in zip(step.sampled, sampled.tokens, strict=True)
@@ -184,6 +188,7 @@ class Engine:
             num_free_blocks=self._scheduler.num_free_blocks,
             num_preemptions=self._scheduler.num_preemptions,
             num_steps=self._num_steps,
+            num_cached_tokens=self._scheduler.num_cached_tokens,
         )
 
     def check_integrity(self) -> None:

@@ -18,11 +18,12 @@ class EngineLimits:
     block_size: int  # tokens
     num_blocks: int
     num_micro_batches: int  # 1 to MAX_MICRO_BATCHES
+    prefix_cache: bool = True  # blocks of computed tokens are kept, and shared by all that begin with the same tokens
 
     def __post_init__(self) -> None:
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if value < 1:
+            if not isinstance(value, bool) and value < 1:
                 raise ConfigError(f"{entry.name} must be at least 1, got {value}")
         if self.num_micro_batches > MAX_MICRO_BATCHES:
             raise ConfigError(f"num_micro_batches must be 1 to {MAX_MICRO_BATCHES}, got {self.num_micro_batches}")

@@ -55,6 +55,7 @@ class ReplicaLoad:
     num_running: int
     num_waiting: int
     num_blocks: int
-    num_free_blocks: int
+    num_free_blocks: int  # that no request holds; those that only the prefix cache keeps are among them
     num_preemptions: int
     num_steps: int
+    num_cached_tokens: int  # prompt tokens that were taken from the prefix cache since the start

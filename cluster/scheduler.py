@@ -1,8 +1,9 @@
 """Which tokens the next step computes. Policy: no torch, no clock.
 
 First come, first served. A step holds one token of every decoding sequence, then chunks of prefills up to the token
-budget, oldest first, then newly admitted prefills. When blocks run out the newest running sequence gives its blocks
-back and waits at the head of the queue; its prompt and output are computed again later.
+budget, oldest first, then newly admitted prefills. A sequence is admitted with the blocks that the prefix cache knows
+of it and starts behind them. When blocks run out the newest running sequence gives its blocks back and waits at the
+head of the queue; what has been evicted by then of its prompt and output is computed again later.
 
 Why nothing starves: `running` is in the order of arrival and its members are all older than those that wait. The
 oldest sequence is therefore the last to be preempted, fits into the cache alone (checked at the door), and finds at
@@ -10,6 +11,7 @@ least one token of budget, since decodes number at most max_num_seqs <= max_num_
 """
 
 from collections import deque
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 
@@ -43,6 +45,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._num_preemptions = 0
+        self._num_cached_tokens = 0
 
     @property
     def num_waiting(self) -> int:
@@ -63,6 +66,11 @@ class Scheduler:
     def num_preemptions(self) -> int:
         """Preemptions since the start."""
         return self._num_preemptions
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens known to the prefix cache when their sequence was first admitted, since the start."""
+        return self._num_cached_tokens
 
     def add(self, sequence: Sequence) -> None:
         """Puts a new sequence at the end of the queue; the caller has checked that it fits."""
@@ -92,7 +100,18 @@ class Scheduler:
         while budget > 0 and self._admit():
             chunks.append(_chunk(self._running[-1], budget))
             budget -= chunks[-1].num_tokens
-        return tuple(chunks)
+        # A sequence that is admitted with all but one token known decodes from the start.
+        return tuple(sorted(chunks, key=lambda chunk: not chunk.is_decode))
+
+    def commit(self, chunks: Iterable[ScheduledChunk]) -> None:
+        """The tokens of `chunks` are in the cache for good; full blocks of them become known."""
+        for chunk in chunks:
+            chunk.sequence.num_computed_tokens = chunk.stop
+            self._blocks.publish(chunk.sequence, chunk.start, chunk.stop)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Nobody takes a block from this running sequence any more: what it computed is in doubt."""
+        self._blocks.forget(sequence)
 
     def check_integrity(self) -> None:
         """Raises AssertionError when queues, blocks and sequences contradict each other."""
@@ -110,8 +129,8 @@ class Scheduler:
     def _make_room(self) -> None:
         """Gives every running sequence, oldest first, the blocks of all its tokens; preempts the newest for them.
 
-        What was preempted is not admitted again in the same step, nor anyone behind it: it needs at least the blocks
-        it gave, and some of these went to an older one.
+        What was preempted is not admitted again in the same step, nor anyone behind it, unless others hold its prefix:
+        it needs at least the blocks it gave, and some of these went to an older one.
         """
         index = 0
         while index < len(self._running):
@@ -135,9 +154,14 @@ class Scheduler:
         if not self._waiting or len(self._running) >= self._limits.max_num_seqs:
             return False
         sequence = self._waiting[0]
-        if not self._blocks.can_append(sequence):
+        prefix = self._blocks.known_prefix(sequence)
+        if not self._blocks.can_append(sequence, prefix):
             return False
+        self._blocks.share(sequence, prefix)
         self._blocks.append(sequence)
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = min(sequence.num_computed_tokens, len(sequence.request.prompt_token_ids))
+            self._num_cached_tokens += sequence.num_cached_tokens
         sequence.status = SequenceStatus.RUNNING
         self._running.append(self._waiting.popleft())
         return True

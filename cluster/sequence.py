@@ -4,7 +4,8 @@
                 [ computed: in the cache ..... | rest  ]
                   0                    ^ num_computed_tokens
 
-In decode the rest is the one token that was sampled last; after a preemption it is everything.
+In decode the rest is the one token that was sampled last; at first, and after a preemption, it is everything that the
+prefix cache does not know.
 """
 
 from array import array
@@ -23,7 +24,10 @@ class SequenceStatus(Enum):
 
 
 class Sequence:
-    """Mutable, compared by identity. Only a commit adds tokens or advances `num_computed_tokens`."""
+    """Mutable, compared by identity. Only a commit adds tokens or advances `num_computed_tokens`.
+
+    An admission sets the latter to the known prefix, a preemption to 0.
+    """
 
     def __init__(self, request: GenerationRequest) -> None:
         self.request = request
@@ -31,6 +35,8 @@ class Sequence:
         self.token_ids: list[int] = [*request.prompt_token_ids, *request.output_token_ids]
         self.num_computed_tokens = 0
         self.num_lost_steps = 0  # steps in a row that were lost with this sequence in them
+        self.num_cached_tokens: int | None = None  # of the prompt, known when it was first admitted
+        self.block_hashes: list[bytes] = []  # of its first full blocks, as far as the block manager needed them
         # int64 in one piece of memory: the batch builder copies it as bytes.
         self.block_table: array[int] = array("q")
         self.seed = _seed_of(request)

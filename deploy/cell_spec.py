@@ -33,6 +33,7 @@ def build_cell_spec(settings: ShoalSettings) -> CellSpec:
         block_size=engine.block_size,
         num_blocks=num_blocks,
         num_micro_batches=cell.micro_batches,
+        prefix_cache=engine.prefix_cache,
     )
     return CellSpec(
         model_directory=str(directory),

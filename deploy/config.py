@@ -68,6 +68,7 @@ class EngineSettings:
     kv_cache_memory_gb: Annotated[float, Field(strict=True, gt=0)] | None = (
         None  # or this (GiB); null: 0.25 cpu, 8 cuda
     )
+    prefix_cache: Annotated[bool, Field(strict=True)] = True  # a prompt's begin that was computed before is not again
 
 
 @dataclass(frozen=True)
