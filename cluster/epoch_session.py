@@ -94,7 +94,7 @@ def open_session(
     with leave.during(membership.epoch):
         leave.interrupt_with(partial(abort_join, membership, global_rank, ringing))
         with open_epoch(membership, global_rank, device, store, deadline) as groups:
-            headers = HeaderExchange(groups, membership.topology, num_micro_batches)
+            headers = HeaderExchange(groups, membership.topology, num_micro_batches, membership.exchange_timeout_s)
             bell = WakeBell(store, ringing)
             leave.interrupt_with(bell.ring)
             yield EpochSession(membership, groups, headers, bell)

@@ -22,6 +22,6 @@ class Membership:
     topology: Topology
     placement: ExpertPlacement
     rendezvous: Rendezvous
-    backend: str  # "gloo" | "nccl": the data plane's torch.distributed backend
+    backend: str  # what carries the data: "nccl", "gloo", "shm", or "auto" (shm on one host, else gloo)
     join_timeout_s: float  # the ranks must all have joined by then
     exchange_timeout_s: float  # one exchange of a running step

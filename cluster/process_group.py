@@ -6,6 +6,8 @@ and close epochs as often as it likes, and hold several at once:
     control   gloo on CPU   step headers
     data      gloo or nccl  dispatch and combine
 
+Ranks on CPUs of one host need no data group: they exchange headers and rows through shared memory (cluster/shm).
+
 How ranks join (keys in the store, under `epoch<n>/`):
 
     set joined/A0 -> wait for joined/* of all ranks -> build both groups -> set built/A0 -> wait for built/*
@@ -26,8 +28,12 @@ from torch._C._distributed_c10d import PrefixStore, Store  # torch.distributed h
 
 from cluster.membership import Membership
 from cluster.rendezvous import first_line, local_address_towards
+from cluster.shm.mesh import Address, Mesh, address_of, supported
+from cluster.shm.outbox import Outbox
 from model_shards.errors import ConfigError, EpochAbortedError
 
+# auto: shm where all ranks are on one host, else gloo.
+BACKENDS = ("auto", "gloo", "nccl", "shm")
 _STAGES = ("joined", "built")
 _HANG_UP_TAG = 0x5EED  # of messages that are never sent; collectives count their tags elsewhere
 
@@ -35,11 +41,19 @@ _HANG_UP_TAG = 0x5EED  # of messages that are never sent; collectives count thei
 class EpochGroups:
     """The groups of one epoch on one rank; a context manager. Build it with `open_epoch`."""
 
-    def __init__(self, control: dist.ProcessGroup, data: dist.ProcessGroup, data_backend: str) -> None:
+    def __init__(
+        self, control: dist.ProcessGroup, data: dist.ProcessGroup | None, backend: str, mesh: Mesh | None
+    ) -> None:
+        """`backend`: what carries the data: gloo, nccl, or shm, which has a mesh and no group."""
         self.control = control
         self.data = data
-        self._data_backend = data_backend
+        self.backend = backend
+        self.mesh = mesh
         self._closed = False
+
+    def staged(self, device: torch.device) -> bool:
+        """Whether tensors of `device` go through host memory."""
+        return self.backend == "gloo" and device.type == "cuda"
 
     def close(self) -> None:
         """Drops the connections of both groups, so that neither this rank nor a peer waits on. Idempotent.
@@ -49,7 +63,10 @@ class EpochGroups:
         if self._closed:
             return
         self._closed = True
-        _hang_up(self.data, self._data_backend)
+        if self.mesh is not None:
+            self.mesh.close()
+        if self.data is not None:
+            _hang_up(self.data, self.backend)
         _hang_up(self.control, "gloo")
 
     def __enter__(self) -> "EpochGroups":
@@ -74,21 +91,54 @@ def open_epoch(
     if deadline is None:
         deadline = time.monotonic() + membership.join_timeout_s
     joining = _Joining(membership, global_rank, store, deadline)
-    built: list[tuple[dist.ProcessGroup, str]] = []
-    try:
+    with contextlib.ExitStack() as built:
+        outbox = _make_outbox(membership)
+        if outbox is not None:
+            built.callback(outbox.close)
         with joining.guarded("join"):
+            joining.tell_address(outbox)
             joining.meet("joined")
         with joining.guarded("build the process groups of"):
             control = _open_gloo(membership, global_rank, joining.substore("control"), joining.left_s())
-            built.append((control, "gloo"))
-            data = _open_data(membership, global_rank, device, joining.substore("data"), joining.left_s())
-            built.append((data, membership.backend))
+            built.callback(_hang_up, control, "gloo")
+            addresses = joining.addresses()
+            backend = _data_backend(membership, addresses)
+            mesh: Mesh | None = None
+            data: dist.ProcessGroup | None = None
+            if backend == "shm":
+                assert outbox is not None, "a rank that has an address has an outbox"
+                mesh = Mesh(outbox, addresses, global_rank, joining.names)
+                built.callback(mesh.close)
+            else:
+                data = _open_data(membership, backend, global_rank, device, joining.substore("data"), joining.left_s())
+                built.callback(_hang_up, data, backend)
             joining.meet("built")
-    except BaseException:
-        for group, backend in reversed(built):
-            _hang_up(group, backend)
-        raise
-    return EpochGroups(control, data, membership.backend)
+        built.pop_all()
+    if mesh is None and outbox is not None:
+        outbox.close()
+    return EpochGroups(control, data, backend, mesh)
+
+
+def _make_outbox(membership: Membership) -> Outbox | None:
+    """None where shared memory is not asked for, or this system has none."""
+    if membership.backend not in ("auto", "shm") or not supported():
+        return None
+    return Outbox(membership.topology.world_size)
+
+
+def _data_backend(membership: Membership, addresses: list[Address]) -> str:
+    """What carries the data: all ranks conclude the same from the same addresses. Raises ConfigError."""
+    if membership.backend not in ("auto", "shm"):
+        return membership.backend
+    hosts = {address.host for address in addresses}
+    if len(addresses) == membership.topology.world_size and len(hosts) == 1:
+        return "shm"
+    if membership.backend == "shm":
+        raise ConfigError(
+            "the backend shm needs all ranks on one Linux host under one user: "
+            f"{len(addresses)} of {membership.topology.world_size} ranks can share memory, on {len(hosts)} hosts"
+        )
+    return "gloo"
 
 
 def abort_join(membership: Membership, global_rank: int, store: Store) -> None:
@@ -107,8 +157,12 @@ def abort_join(membership: Membership, global_rank: int, store: Store) -> None:
 
 def check_backend(backend: str, device: torch.device) -> None:
     """Raises ConfigError unless `backend` can carry tensors of `device` (gloo carries CUDA through host memory)."""
-    if backend not in ("gloo", "nccl"):
-        raise ConfigError(f"the backend must be gloo or nccl, got {backend!r}")
+    if backend not in BACKENDS:
+        raise ConfigError(f"the backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend in ("auto", "shm") and device.type != "cpu":
+        raise ConfigError(f"the backend {backend} needs a cpu device, got {device}")
+    if backend == "shm" and not supported():
+        raise ConfigError("the backend shm needs Linux 5.3 and glibc 2.30, which this system has not")
     if backend == "nccl" and device.type != "cuda":
         raise ConfigError(f"the backend nccl needs a cuda device, got {device}")
     if backend == "nccl" and not dist.is_nccl_available():
@@ -122,8 +176,8 @@ class _Joining:
         self._membership = membership
         self._store = PrefixStore(f"epoch{membership.epoch}", store)
         topology = membership.topology
-        self._names = tuple(topology.name(rank) for rank in range(topology.world_size))
-        self._me = self._names[global_rank]
+        self.names = tuple(topology.name(rank) for rank in range(topology.world_size))
+        self._me = self.names[global_rank]
         self._deadline = deadline
         self._stage = _STAGES[0]
 
@@ -135,11 +189,20 @@ class _Joining:
         """A store whose keys no other group can touch."""
         return PrefixStore(name, self._store)
 
+    def tell_address(self, outbox: Outbox | None) -> None:
+        """Must come before `meet`; a rank without an outbox says so."""
+        self._store.set(f"address/{self._me}", "" if outbox is None else address_of(outbox).encode())
+
+    def addresses(self) -> list[Address]:
+        """Of the ranks that have one, by global rank; all have told theirs before they met."""
+        told = [self._store.get(f"address/{name}").decode() for name in self.names]
+        return [Address.decode(text) for text in told if text]
+
     def meet(self, stage: str) -> None:
         """Says that this rank reached `stage` and waits until all have. Raises EpochAbortedError when one gave up."""
         self._stage = stage
         self._store.set(f"{stage}/{self._me}", "1")
-        self._store.wait([f"{stage}/{name}" for name in self._names], timedelta(seconds=self.left_s()))
+        self._store.wait([f"{stage}/{name}" for name in self.names], timedelta(seconds=self.left_s()))
         self._check_abort()
 
     @contextlib.contextmanager
@@ -147,7 +210,7 @@ class _Joining:
         """Turns any failure of the store or of a group into an EpochAbortedError that names who is missing."""
         try:
             yield
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ValueError) as error:
             self._check_abort()
             missing = self._missing()
             lost = f"missing: {', '.join(missing)}" if missing else "no rank missing"
@@ -169,9 +232,9 @@ class _Joining:
         # Ranks that never joined explain all later trouble, so they are named first and alone.
         for stage in _STAGES[: _STAGES.index(self._stage) + 1]:
             try:
-                missing = tuple(name for name in self._names if not self._store.check([f"{stage}/{name}"]))
+                missing = tuple(name for name in self.names if not self._store.check([f"{stage}/{name}"]))
             except (RuntimeError, OSError):
-                return (f"{self._names[0]} (the rendezvous)",)
+                return (f"{self.names[0]} (the rendezvous)",)
             if missing:
                 return missing
         return ()
@@ -204,16 +267,16 @@ def _open_gloo(membership: Membership, global_rank: int, store: Store, timeout_s
 
 
 def _open_data(
-    membership: Membership, global_rank: int, device: torch.device, store: Store, timeout_s: float
+    membership: Membership, backend: str, global_rank: int, device: torch.device, store: Store, timeout_s: float
 ) -> dist.ProcessGroup:
-    if membership.backend == "gloo":
+    if backend == "gloo":
         return _open_gloo(membership, global_rank, store, timeout_s)
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=membership.exchange_timeout_s)
     world_size = membership.topology.world_size
-    backend = dist.ProcessGroupNCCL(store, global_rank, world_size, options)
+    nccl = dist.ProcessGroupNCCL(store, global_rank, world_size, options)
     group = dist.ProcessGroup(store, global_rank, world_size)
-    group._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, backend)
+    group._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, nccl)
     # NCCL connects lazily; do it now, so that a rank that cannot is met by the join deadline.
-    backend.eager_connect_single_device(device)
+    nccl.eager_connect_single_device(device)
     return group

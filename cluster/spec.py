@@ -24,12 +24,12 @@ class CellSpec:
     exchange_timeout_s: float = 60.0
     log_level: str = "INFO"
     expert_resource: str | None = None  # a custom Ray resource that expert actors ask 1 of
-    data_backend: str | None = None  # "gloo" | "nccl"; None: what the device is made for
+    data_backend: str | None = None  # one of process_group.BACKENDS; None: what the device is made for
 
     @property
     def backend(self) -> str:
-        """The data plane's torch.distributed backend. gloo carries CUDA tensors too, of ranks that share a GPU."""
-        return self.data_backend or ("nccl" if self.device == "cuda" else "gloo")
+        """What carries the data: one of process_group.BACKENDS. gloo carries CUDA tensors too, of ranks of one GPU."""
+        return self.data_backend or ("nccl" if self.device == "cuda" else "auto")
 
     def placement(self, config: ModelConfig) -> ExpertPlacement:
         """Which shard holds which expert; the same on every rank."""

@@ -1,19 +1,23 @@
 """The StepHeader: what every rank tells every other before a step.
 
-One row of int64 per rank, gathered over the control group (gloo, CPU):
+One row of int64 per rank, gathered through shared memory, or over the control group (gloo, CPU):
 
     [ epoch | ends | tokens of micro-batch 0 | 1 | 2 ]        expert ranks send zero tokens
 
 All ranks see all rows, so all ranks decide alike: run, fall idle, or end the epoch.
 """
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from cluster.dispatch.base import StepPlan
 from cluster.limits import MAX_MICRO_BATCHES
 from cluster.process_group import EpochGroups
+from cluster.shm.mesh import Mesh
 from cluster.topology import Topology
 from model_shards.errors import EpochAbortedError
 
@@ -57,14 +61,18 @@ def agree(rows: list[list[int]], epoch: int, topology: Topology, num_micro_batch
 
 
 class HeaderExchange:
-    """Gathers headers; its buffers are made once per epoch. Every rank must call `exchange` once a step."""
+    """Gathers headers. Every rank must call `exchange` once a step."""
 
-    def __init__(self, groups: EpochGroups, topology: Topology, num_micro_batches: int) -> None:
-        self._groups = groups
+    def __init__(
+        self, groups: EpochGroups, topology: Topology, num_micro_batches: int, exchange_timeout_s: float
+    ) -> None:
         self._topology = topology
         self._num_micro_batches = num_micro_batches
-        self._mine = torch.zeros(_FIELDS, dtype=torch.int64)
-        self._all = [torch.zeros(_FIELDS, dtype=torch.int64) for _ in range(topology.world_size)]
+        self._gather: Callable[[list[int]], list[list[int]]]
+        if groups.mesh is not None:
+            self._gather = _SharedGather(groups.mesh, exchange_timeout_s)
+        else:
+            self._gather = _GroupGather(groups.control, topology.world_size)
 
     def exchange(self, header: StepHeader) -> AgreedStep:
         """Blocks until all ranks sent theirs, at most the epoch's exchange timeout.
@@ -72,10 +80,31 @@ class HeaderExchange:
         Raises EpochAbortedError when a rank is lost, late, or in another epoch.
         """
         padded = [*header.tokens, *([0] * (MAX_MICRO_BATCHES - len(header.tokens)))]
-        self._mine.copy_(torch.tensor([header.epoch, int(header.ends), *padded]))
         try:
-            self._groups.control.allgather([self._all], [self._mine]).wait()
+            rows = self._gather([header.epoch, int(header.ends), *padded])
         except RuntimeError as error:
             raise EpochAbortedError(f"the step header exchange of epoch {header.epoch} failed: {error}") from error
-        rows = [[int(value) for value in row] for row in torch.stack(self._all).tolist()]
         return agree(rows, header.epoch, self._topology, self._num_micro_batches)
+
+
+class _SharedGather:
+    def __init__(self, mesh: Mesh, timeout_s: float) -> None:
+        self._mesh = mesh
+        self._timeout_s = timeout_s
+
+    def __call__(self, row: list[int]) -> list[list[int]]:
+        return self._mesh.gather(row, time.monotonic() + self._timeout_s)
+
+
+class _GroupGather:
+    """Its buffers are made once per epoch."""
+
+    def __init__(self, control: dist.ProcessGroup, world_size: int) -> None:
+        self._control = control
+        self._mine = torch.zeros(_FIELDS, dtype=torch.int64)
+        self._all = [torch.zeros(_FIELDS, dtype=torch.int64) for _ in range(world_size)]
+
+    def __call__(self, row: list[int]) -> list[list[int]]:
+        self._mine.copy_(torch.tensor(row))
+        self._control.allgather([self._all], [self._mine]).wait()
+        return [[int(value) for value in gathered] for gathered in torch.stack(self._all).tolist()]

@@ -7,7 +7,7 @@ from cluster.dispatch.base import AttentionDispatcher, ExpertCompute, ExpertDisp
 from cluster.dispatch.expert import Fence, LockstepExpertDispatcher
 from cluster.dispatch.layout import RowShape
 from cluster.dispatch.local import LocalDispatcher
-from cluster.dispatch.transport import DirectTransport, Link, StagedTransport, Transport
+from cluster.dispatch.transport import DirectTransport, Link, SharedTransport, StagedTransport, Transport
 from cluster.membership import Membership
 from cluster.process_group import EpochGroups
 from model_shards.config import ModelConfig
@@ -59,6 +59,11 @@ def _row_shape(config: ModelConfig, dtype: torch.dtype) -> RowShape:
 
 
 def _link(groups: EpochGroups, membership: Membership, global_rank: int, device: torch.device) -> Link:
-    staged = membership.backend == "gloo" and device.type == "cuda"
-    transport: Transport = StagedTransport(groups.data) if staged else DirectTransport(groups.data)
-    return Link(transport, membership.epoch, membership.topology.name(global_rank))
+    return Link(_transport(groups, membership, device), membership.epoch, membership.topology.name(global_rank))
+
+
+def _transport(groups: EpochGroups, membership: Membership, device: torch.device) -> Transport:
+    if groups.mesh is not None:
+        return SharedTransport(groups.mesh, membership.exchange_timeout_s)
+    assert groups.data is not None, "an epoch has a mesh or a process group for its data"
+    return StagedTransport(groups.data) if groups.staged(device) else DirectTransport(groups.data)

@@ -1,6 +1,7 @@
 """How bytes travel: one all-to-all over all ranks of the epoch, named in every error it raises."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,6 +10,7 @@ import torch.distributed as dist
 
 from cluster.dispatch.order import Exchange
 from cluster.rendezvous import first_line
+from cluster.shm.mesh import Mesh
 from model_shards.errors import EpochAbortedError
 
 
@@ -67,6 +69,37 @@ class StagedTransport:
         return end
 
 
+class SharedTransport:
+    """CPU tensors between ranks of one host. What leaves is copied at the start, what arrives at the end.
+
+    Peers that get or send no bytes are not waited for: an exchange here is no barrier.
+    """
+
+    def __init__(self, mesh: Mesh, timeout_s: float) -> None:
+        self._mesh = mesh
+        self._timeout_s = timeout_s
+
+    def start(self, lane: Lane) -> Callable[[], None]:
+        deadline = time.monotonic() + self._timeout_s
+        for rank, message in _segments(lane.send, lane.send_splits):
+            self._mesh.send(rank, message)
+
+        def end() -> None:
+            for rank, out in _segments(lane.recv, lane.recv_splits):
+                self._mesh.receive(rank, out, deadline)
+
+        return end
+
+
+def _segments(buffer: torch.Tensor, splits: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
+    """(rank, its bytes) for every rank that has any."""
+    start = 0
+    for rank, size in enumerate(splits):
+        if size:
+            yield rank, buffer[start : start + size]
+        start += size
+
+
 class Flight:
     """An exchange under way."""
 
@@ -78,7 +111,7 @@ class Flight:
         """Ends the exchange; once. Raises EpochAbortedError when a rank was lost or the deadline passed."""
         try:
             self._end()
-        except RuntimeError as error:
+        except (RuntimeError, OSError, ValueError) as error:
             raise EpochAbortedError(f"{self._label} failed: {first_line(error)}") from error
 
 
@@ -98,7 +131,7 @@ class Link:
         )
         try:
             return Flight(label, self._transport.start(lane))
-        except RuntimeError as error:
+        except (RuntimeError, OSError, ValueError) as error:
             raise EpochAbortedError(f"{label} could not start: {first_line(error)}") from error
 
 

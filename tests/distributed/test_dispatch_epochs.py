@@ -146,7 +146,9 @@ def test_a_blocked_wait_on_one_connection_lets_another_set_the_key():
 
 
 def test_a_backend_that_cannot_carry_the_device_is_refused():
-    with pytest.raises(ConfigError, match="gloo or nccl, got 'mpi'"):
+    with pytest.raises(ConfigError, match="auto, gloo, nccl, shm, got 'mpi'"):
         check_backend("mpi", CPU)
     with pytest.raises(ConfigError, match="nccl needs a cuda device, got cpu"):
         check_backend("nccl", CPU)
+    with pytest.raises(ConfigError, match="shm needs a cpu device, got cuda"):
+        check_backend("shm", torch.device("cuda"))

@@ -1,4 +1,4 @@
-"""Dispatch and combine between spawned processes over gloo."""
+"""Dispatch and combine between spawned processes, over gloo and over shared memory."""
 
 import os
 import signal
@@ -32,7 +32,8 @@ CPU = torch.device("cpu")
 TOPOLOGIES = ((1, 1), (1, 3), (2, 4), (3, 2))
 
 
-def test_every_topology_and_number_of_micro_batches_answers_like_the_slow_reference():
+@pytest.mark.parametrize("backend", ["gloo", "shm"])
+def test_every_topology_and_number_of_micro_batches_answers_like_the_slow_reference(backend):
     # One set of processes goes through all epochs: a process must be able to open and close them again and again.
     cases = tuple(
         Case(num_attention, num_expert, num_micro_batches, dtype)
@@ -41,7 +42,7 @@ def test_every_topology_and_number_of_micro_batches_answers_like_the_slow_refere
         for dtype in (torch.float32, torch.bfloat16)
     )
     server = serve_rendezvous("127.0.0.1")
-    results = run_ranks(rank_functions(server.rendezvous, cases, "gloo", "cpu"), deadline_s=200)
+    results = run_ranks(rank_functions(server.rendezvous, cases, backend, "cpu"), deadline_s=200)
     check_reports(cases, [report for reports in values(results) for report in reports])
 
 
@@ -62,9 +63,9 @@ class _FaultyShard(FakeShard):
         return super().forward(layer, hidden, local_ids, weights)
 
 
-def _survive(rendezvous: Rendezvous, fault: str, index: int) -> tuple[str, float, float]:
+def _survive(rendezvous: Rendezvous, backend: str, fault: str, index: int) -> tuple[str, float, float]:
     """Ranks A0 A1 E0 E1; E1 is faulty. The error each rank met, seconds to it, seconds to close."""
-    membership = with_deadlines(membership_of(rendezvous, 1, 2, 2), 60.0, 2.0)
+    membership = with_deadlines(membership_of(rendezvous, 1, 2, 2, backend), 60.0, 2.0)
     store = connect_rendezvous(rendezvous, 60.0)
     groups = open_epoch(membership, index, CPU, store)
     plan = StepPlan(1, ((3, 4), (5, 6)))
@@ -92,14 +93,16 @@ def _survive(rendezvous: Rendezvous, fault: str, index: int) -> tuple[str, float
     closed = time.monotonic()
     if index < 3:
         # The survivors go on in an epoch of their own.
-        assert run_rank_epoch(membership_of(rendezvous, 2, 2, 1), index, 2, 3, torch.float32, "cpu").epoch == 2
+        assert run_rank_epoch(membership_of(rendezvous, 2, 2, 1, backend), index, 2, 3, torch.float32, "cpu").epoch == 2
     return message, failed - start, closed - failed
 
 
+@pytest.mark.parametrize("backend", ["gloo", "shm"])
 @pytest.mark.parametrize("fault", ["dies", "stalls"])
-def test_a_rank_lost_in_a_step_aborts_the_epoch_on_all_survivors_and_they_go_on_in_the_next(fault):
+def test_a_rank_lost_in_a_step_aborts_the_epoch_on_all_survivors_and_they_go_on_in_the_next(fault, backend):
     server = serve_rendezvous("127.0.0.1")
-    results = run_ranks([partial(_survive, server.rendezvous, fault, index) for index in range(4)], deadline_s=120)
+    ranks = [partial(_survive, server.rendezvous, backend, fault, index) for index in range(4)]
+    results = run_ranks(ranks, deadline_s=120)
     survivors = results[:3] if fault == "dies" else results
     if fault == "dies":
         assert results[3].exit_code == -signal.SIGKILL

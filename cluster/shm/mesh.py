@@ -1,0 +1,150 @@
+"""Every rank's end of the messages of one epoch.
+
+before the ranks meet    outbox = Outbox(world_size); each tells the others an Address
+when all have met        mesh = Mesh(outbox, addresses, ...)
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from cluster.shm.outbox import Inbox, Outbox
+from cluster.shm.semaphore import available
+from cluster.shm.watch import ProcessWatch
+
+
+class PeerLostError(RuntimeError):
+    """A peer died, left the epoch, or did not send in time; the message names it."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a rank's outbox is, and on which host."""
+
+    host: str  # equal for processes that can open each other's files
+    process: int
+    file: int
+    token: str  # hexadecimal
+
+    def encode(self) -> str:
+        """For a store of strings."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def decode(text: str) -> "Address":
+        """The inverse of `encode`."""
+        return Address(**json.loads(text))
+
+
+def supported() -> bool:
+    """Whether this system has what shared memory takes: Linux with memfd and pidfd, and glibc 2.30."""
+    return sys.platform == "linux" and hasattr(os, "pidfd_open") and hasattr(os, "memfd_create") and available()
+
+
+def host_identity() -> str:
+    """Kernel, process-number space and user: where they are equal, processes open each other's files."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return f"{boot}/{Path('/proc/self/ns/pid').readlink()}/{os.getuid()}"
+
+
+def address_of(outbox: Outbox) -> Address:
+    """The address of this process's outbox."""
+    return Address(host_identity(), os.getpid(), outbox.file, outbox.token.hex())
+
+
+class Mesh:
+    """Sends and receives for one rank; used by one thread. Takes over the outbox.
+
+    Raises OSError or ValueError when constructed if a peer is gone.
+    """
+
+    def __init__(self, outbox: Outbox, addresses: Sequence[Address], me: int, names: Sequence[str]) -> None:
+        """`addresses` and `names` by global rank."""
+        self._outbox = outbox
+        self._me = me
+        self._names = names
+        self._gone: str | None = None  # a peer whose process is gone
+        self._inboxes: dict[int, Inbox] = {}
+        self._closed = False
+        others = [rank for rank in range(len(addresses)) if rank != me]
+        try:
+            for rank in others:
+                at = addresses[rank]
+                token = bytes.fromhex(at.token)
+                self._inboxes[rank] = Inbox(at.process, at.file, token, len(addresses), me)
+            processes = {rank: addresses[rank].process for rank in others if addresses[rank].process != os.getpid()}
+            self._watch = ProcessWatch(processes, self._exited)
+        except BaseException:
+            for inbox in self._inboxes.values():
+                inbox.close()
+            raise
+
+    def send(self, rank: int, message: torch.Tensor) -> None:
+        """Copies a message, uint8 [B], to a peer; does not wait for it. Raises OSError without memory for it."""
+        self._outbox.send(rank, message)
+
+    def receive(self, rank: int, out: torch.Tensor, deadline: float) -> None:
+        """Waits for the next message of a peer and copies it into uint8 `out`, which has its size.
+
+        Raises PeerLostError; `deadline` is on time.monotonic()'s clock.
+        """
+        inbox = self._inboxes[rank]
+        while True:
+            posted = inbox.wait_data(deadline)
+            # Asked before looking: what was sent before the end is there by now.
+            ended = self._ended(rank, inbox)
+            if inbox.take(out):
+                return
+            self._raise_if_over(rank, ended, posted)
+
+    def gather(self, row: list[int], deadline: float) -> list[list[int]]:
+        """Sends up to 7 integers to all ranks and waits for theirs; by global rank. Raises PeerLostError."""
+        for rank in self._inboxes:
+            self._outbox.send_row(rank, row)
+        ranks = range(len(self._names))
+        return [row if rank == self._me else self._receive_row(rank, len(row), deadline) for rank in ranks]
+
+    def close(self) -> None:
+        """Leaves: peers that wait for this rank, now or later, get a PeerLostError. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._watch.close()
+        self._outbox.close()
+        for inbox in self._inboxes.values():
+            inbox.close()
+        self._inboxes.clear()
+
+    def _receive_row(self, rank: int, length: int, deadline: float) -> list[int]:
+        inbox = self._inboxes[rank]
+        while True:
+            posted = inbox.wait_row(deadline)
+            ended = self._ended(rank, inbox)
+            row = inbox.take_row()
+            if row is not None:
+                return row[:length]
+            self._raise_if_over(rank, ended, posted)
+
+    def _ended(self, rank: int, inbox: Inbox) -> str | None:
+        """Why nothing more can come. A process that is gone ends every wait: the step cannot succeed without it."""
+        if self._gone is not None:
+            return f"the process of rank {self._gone} is gone"
+        return f"rank {self._names[rank]} left the epoch" if inbox.closed else None
+
+    def _raise_if_over(self, rank: int, ended: str | None, posted: bool) -> None:
+        """Nothing was there: because of an end, a deadline, or a wake for another reason, after which one waits on."""
+        if ended is not None:
+            raise PeerLostError(ended)
+        if not posted:
+            raise PeerLostError(f"rank {self._names[rank]} sent nothing in time")
+
+    def _exited(self, rank: int) -> None:
+        """From the watching thread."""
+        self._gone = self._names[rank]
+        for inbox in self._inboxes.values():
+            inbox.wake()

@@ -1,0 +1,234 @@
+"""Messages through shared memory: between threads of this process, and to a process that is killed."""
+
+import contextlib
+import mmap
+import multiprocessing
+import os
+import resource
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+from cluster.shm.mesh import Address, Mesh, PeerLostError, address_of, host_identity, supported
+from cluster.shm.outbox import RING, Inbox, Outbox
+from cluster.shm.semaphore import Semaphore
+from cluster.shm.watch import ProcessWatch
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def soon(seconds=10.0):
+    return time.monotonic() + seconds
+
+
+def message(*values):
+    return torch.tensor(values, dtype=torch.uint8)
+
+
+def inbox_of(outbox, reader=1, world_size=2):
+    return Inbox(os.getpid(), outbox.file, outbox.token, world_size, reader)
+
+
+@contextlib.contextmanager
+def meshes(count):
+    outboxes = [Outbox(count) for _ in range(count)]
+    addresses = [address_of(outbox) for outbox in outboxes]
+    names = [f"R{rank}" for rank in range(count)]
+    with contextlib.ExitStack() as stack:
+        made = [Mesh(outbox, addresses, rank, names) for rank, outbox in enumerate(outboxes)]
+        for mesh in made:
+            stack.callback(mesh.close)
+        yield made
+
+
+def test_this_system_has_what_the_tests_below_need():
+    assert supported()
+
+
+def test_a_semaphore_counts_and_a_wait_ends_at_its_deadline():
+    memory = mmap.mmap(-1, mmap.PAGESIZE)
+    semaphore = Semaphore(memory, 64, create=True)
+    for _ in range(3):
+        semaphore.post()
+    assert [semaphore.wait(soon()) for _ in range(3)] == [True] * 3
+    begun = time.monotonic()
+    assert not semaphore.wait(begun + 0.2)
+    assert 0.2 <= time.monotonic() - begun < 5.0
+    assert not semaphore.wait(begun - 100.0)
+
+
+def test_a_semaphore_wakes_a_thread_that_waits():
+    semaphore = Semaphore(mmap.mmap(-1, mmap.PAGESIZE), 0, create=True)
+    woken = []
+    waiter = threading.Thread(target=lambda: woken.append(semaphore.wait(soon())))
+    waiter.start()
+    time.sleep(0.1)
+    semaphore.post()
+    waiter.join(10.0)
+    assert woken == [True]
+
+
+def test_messages_come_in_order_whole_and_of_any_size_while_the_memory_grows():
+    outbox = Outbox(2)
+    inbox = inbox_of(outbox)
+    draw = torch.Generator().manual_seed(5)
+    sizes = [1, 7, 4096, 4097, 3, 1_000_000, 5, 2_000_000, 64, 1_000_001]
+    for begin in range(0, len(sizes), 3):
+        sent = [torch.randint(0, 256, (size,), dtype=torch.uint8, generator=draw) for size in sizes[begin : begin + 3]]
+        for each in sent:
+            outbox.send(1, each)
+        for each in sent:
+            assert inbox.wait_data(soon())
+            out = torch.empty_like(each)
+            assert inbox.take(out)
+            assert torch.equal(out, each)
+    assert not inbox.take(torch.empty(1, dtype=torch.uint8))
+    outbox.close()
+    inbox.close()
+
+
+def test_regions_are_used_again_so_the_memory_does_not_grow_with_the_messages():
+    outbox = Outbox(2)
+    inbox = inbox_of(outbox)
+    grown = []
+    for _ in range(50 * RING):
+        outbox.send(1, torch.ones(10_000, dtype=torch.uint8))
+        assert inbox.take(torch.empty(10_000, dtype=torch.uint8))
+        grown.append(os.fstat(outbox.file).st_size)
+    assert grown[RING] == grown[-1]
+    outbox.close()
+    inbox.close()
+
+
+def test_a_message_of_another_size_than_due_is_refused():
+    outbox = Outbox(2)
+    inbox = inbox_of(outbox)
+    outbox.send(1, message(1, 2, 3))
+    with pytest.raises(ValueError, match="a message of 3 bytes came where 4 were due"):
+        inbox.take(torch.empty(4, dtype=torch.uint8))
+    outbox.close()
+    inbox.close()
+
+
+def test_what_is_no_outbox_or_another_one_is_refused(tmp_path):
+    outbox = Outbox(2)
+    with pytest.raises(ValueError, match="another outbox"):
+        Inbox(os.getpid(), outbox.file, bytes(16), 2, 1)
+    with (tmp_path / "file").open("wb+") as other, pytest.raises(ValueError, match="is no outbox"):
+        Inbox(os.getpid(), other.fileno(), outbox.token, 2, 1)
+    file = outbox.file
+    outbox.close()
+    with pytest.raises(OSError, match="No such file"):
+        Inbox(os.getpid(), file, outbox.token, 2, 1)
+
+
+def _send_beyond_the_limit(answers):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    outbox = Outbox(2)
+    outbox.send(1, torch.ones(1000, dtype=torch.uint8))
+    try:
+        outbox.send(1, torch.ones(1 << 21, dtype=torch.uint8))
+    except OSError as error:
+        answers.put(str(error))
+
+
+def test_memory_that_cannot_be_had_is_an_error_and_not_a_signal():
+    answers = SPAWN.SimpleQueue()
+    process = SPAWN.Process(target=_send_beyond_the_limit, args=(answers,))
+    process.start()
+    process.join(60.0)
+    assert process.exitcode == 0
+    assert "File too large" in answers.get()
+
+
+def test_a_gather_has_everyones_row_in_the_order_of_the_ranks():
+    with meshes(3) as made:
+        results = {}
+
+        def run(rank):
+            results[rank] = [made[rank].gather([rank, step, rank * step], soon()) for step in range(20)]
+
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30.0)
+    expected = [[[rank, step, rank * step] for rank in range(3)] for step in range(20)]
+    assert results == {0: expected, 1: expected, 2: expected}
+
+
+def test_a_peer_that_leaves_ends_waits_for_it_but_what_it_sent_before_is_read():
+    with meshes(2) as (first, second):
+        first.send(1, message(1, 2))
+        first.close()
+        out = torch.empty(2, dtype=torch.uint8)
+        second.receive(0, out, soon())
+        assert out.tolist() == [1, 2]
+        with pytest.raises(PeerLostError, match="rank R0 left the epoch"):
+            second.receive(0, out, soon())
+        with pytest.raises(PeerLostError, match="rank R0 left the epoch"):
+            second.gather([1], soon())
+
+
+def test_a_peer_that_sends_nothing_is_named_when_the_deadline_passes():
+    with meshes(2) as (_, second), pytest.raises(PeerLostError, match="rank R0 sent nothing in time"):
+        second.receive(0, torch.empty(1, dtype=torch.uint8), soon(0.1))
+
+
+def _wait_for_ever(pipe):
+    outbox = Outbox(2)
+    pipe.send(address_of(outbox).encode())
+    address = Address.decode(pipe.recv())
+    mesh = Mesh(outbox, [address, address_of(outbox)], 1, ["R0", "R1"])
+    mesh.send(0, message(9))
+    pipe.send("sent")
+    mesh.receive(0, torch.empty(1, dtype=torch.uint8), soon(100.0))
+
+
+def test_a_killed_process_ends_every_wait_at_once_and_is_named():
+    here, there = SPAWN.Pipe()
+    process = SPAWN.Process(target=_wait_for_ever, args=(there,))
+    process.start()
+    outbox = Outbox(2)
+    address = Address.decode(here.recv())
+    assert address.host == host_identity()
+    here.send(address_of(outbox).encode())
+    mesh = Mesh(outbox, [address_of(outbox), address], 0, ["R0", "R1"])
+    assert here.recv() == "sent"
+    out = torch.empty(1, dtype=torch.uint8)
+    mesh.receive(1, out, soon())
+    assert out.tolist() == [9]
+    threading.Timer(0.3, os.kill, (process.pid, signal.SIGKILL)).start()
+    begun = time.monotonic()
+    with pytest.raises(PeerLostError, match="the process of rank R1 is gone"):
+        mesh.receive(1, out, soon(60.0))
+    assert time.monotonic() - begun < 10.0
+    mesh.close()
+    mesh.close()
+    process.join(10.0)
+
+
+def test_a_process_that_is_gone_already_cannot_be_watched():
+    process = SPAWN.Process(target=os.getpid)
+    process.start()
+    process.join(60.0)
+    with pytest.raises(OSError, match="No such process"):
+        ProcessWatch({1: process.pid}, print)
+
+
+def test_nothing_is_left_open():
+    def open_files():
+        return len(os.listdir("/proc/self/fd"))  # links that vanish while they are read
+
+    with meshes(2):
+        pass
+    before = open_files()
+    for _ in range(5):
+        with meshes(3) as made:
+            made[0].send(1, torch.ones(100_000, dtype=torch.uint8))
+            made[1].receive(0, torch.empty(100_000, dtype=torch.uint8), soon())
+    assert open_files() == before
+    assert not [thread for thread in threading.enumerate() if thread.name == "peer-watch"]
