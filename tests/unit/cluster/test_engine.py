@@ -11,7 +11,7 @@ from cluster.engine import Engine, SampledStep, ScheduledStep
 from cluster.limits import EngineLimits
 from cluster.request import FinishReason, GenerationRequest, StepOutput
 from model_shards.errors import ConfigError, EpochAbortedError, InvalidRequestError
-from model_shards.sampler import SamplingRow, TokenStatistics, has_penalty, sample
+from model_shards.sampler import NO_TOKEN, SampledToken, SamplingRow, TokenStatistics, has_penalty, sample
 from model_shards.sampling import SamplingParams
 from tests.fakes import FAKE_NUM_LAYERS, FAKE_VOCAB_SIZE, FakeModel, FakeRouted, fake_cache, fake_config, fake_logits
 
@@ -118,15 +118,18 @@ def workloads(draw: st.DrawFn) -> Workload:
         block_size=block_size,
         num_blocks=num_blocks,
         num_micro_batches=draw(st.integers(1, 3)),
+        prefix_cache=draw(st.booleans()),
     )
     token = st.integers(0, FAKE_VOCAB_SIZE - 1)
+    common = draw(st.lists(token, min_size=12, max_size=12))
     requests = []
     for index in range(draw(st.integers(1, 6))):
         prompt_len = draw(st.integers(1, min(12, capacity - 1)))
         max_tokens = draw(st.integers(1, min(8, capacity - prompt_len)))
+        own = draw(st.integers(0, prompt_len))  # the rest is the begin of all prompts
         request = GenerationRequest(
             request_id=f"r{index}",
-            prompt_token_ids=tuple(draw(st.lists(token, min_size=prompt_len, max_size=prompt_len))),
+            prompt_token_ids=(*common[: prompt_len - own], *draw(st.lists(token, min_size=own, max_size=own))),
             max_tokens=max_tokens,
             sampling=draw(sampling_params),
             eos_token_ids=tuple(draw(st.lists(token, max_size=3))),
@@ -241,6 +244,86 @@ def test_a_tiny_cache_preempts_and_changes_no_token() -> None:
     assert engine.load().num_preemptions > 0
     for request in requests:
         check_against_reference(request, collected[request.request_id])
+
+
+def count_tokens(engine: Engine, request: GenerationRequest) -> int:
+    """Tokens of all steps until the request, alone in the engine, has its tokens; they are the reference's."""
+    engine.add(request)
+    num_tokens, outputs = 0, []
+    while engine.has_work():
+        step = engine.schedule()
+        num_tokens += step.num_tokens
+        outputs += engine.commit(step, run(engine, step))
+        engine.check_integrity()
+    check_against_reference(request, outputs)
+    return num_tokens
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_a_repeated_system_prompt_of_1000_tokens_costs_its_last_partial_block(prefix_cache: bool) -> None:
+    limits = replace(LIMITS, max_model_len=2048, max_num_batched_tokens=512, block_size=16, num_blocks=200)
+    engine = make_engine(replace(limits, prefix_cache=prefix_cache))
+    system = tuple((7 * i * i + 3) % FAKE_VOCAB_SIZE for i in range(1000))
+    first = count_tokens(engine, GenerationRequest("a", (*system, 1, 2, 3), 1, GREEDY))
+    assert first == 1003
+    for question in [(1, 2, 3), (4, 5, 6, 7), (8,)]:
+        again = count_tokens(engine, GenerationRequest("b", (*system, *question), 1, GREEDY))
+        assert again - len(question) == (1000 % 16 if prefix_cache else 1000)
+        assert not prefix_cache or again - len(question) < 0.05 * 1000
+    assert engine.load().num_cached_tokens == (3 * 992 if prefix_cache else 0)
+    assert engine.load().num_free_blocks == 200
+
+
+def test_a_conversation_finds_its_own_answers_in_the_cache() -> None:
+    engine = make_engine()
+    first = request_of("a", 9, 8)
+    engine.add(first)
+    answer = tokens_of(drain(engine)["a"])
+    prompt = (*first.prompt_token_ids, *answer, 1, 2)
+    # 19 tokens; of the 17 before, the last one was sampled but never computed: 4 blocks of 4 are known.
+    assert count_tokens(engine, GenerationRequest("b", prompt, 1, GREEDY)) == 19 - 16
+
+
+def test_penalties_seed_and_log_probabilities_do_not_depend_on_what_was_in_the_cache() -> None:
+    sampling = SamplingParams(
+        temperature=1.2,
+        top_k=9,
+        seed=3,
+        repetition_penalty=1.4,
+        presence_penalty=0.6,
+        frequency_penalty=0.9,
+        logprobs=3,
+    )
+    request = request_of("a", 17, 12, sampling=sampling)
+    engine = make_engine()
+    answers = []
+    for _ in range(2):
+        engine.add(request)
+        answers.append(drain(engine)["a"])
+    assert answers[0] == answers[1]
+    assert engine.load().num_cached_tokens == 16
+    check_against_reference(request, answers[0])
+
+
+def test_what_was_computed_with_logits_that_are_not_finite_is_never_shared() -> None:
+    engine = make_engine()
+    request = request_of("a", 11, 4)
+    for number in range(2):
+        # A chunk of the prompt is committed before anything is noticed.
+        for request_id in ("a", "b"):
+            engine.add(replace(request, request_id=request_id))
+        step = engine.schedule()
+        assert [(chunk.start, chunk.stop) for chunk in step.chunks] == [(0, 8)]
+        engine.commit(step, run(engine, step))
+        step = engine.schedule()
+        if number == 0:
+            engine.cancel("b")
+        assert [(chunk.start, chunk.stop) for chunk in step.chunks] == [(8, 11), (8, 11)]
+        lost = SampledStep(tuple(SampledToken(NO_TOKEN, None, ()) for _ in step.sampled))
+        outputs = engine.commit(step, lost)
+        assert {output.finish_reason for output in outputs} == {FinishReason.ERROR}
+        engine.check_integrity()
+    assert count_tokens(engine, request) == 11 + 3
 
 
 def test_a_prompt_longer_than_the_budget_is_cut_into_chunks_beside_decodes() -> None:

@@ -20,9 +20,9 @@ def sequence(prompt_len: int, max_tokens: int = 16, name: str = "s") -> Sequence
     return Sequence(GenerationRequest(name, tuple(range(prompt_len)), max_tokens))
 
 
-def commit(chunks: tuple[ScheduledChunk, ...]) -> None:
+def commit(scheduler: Scheduler, chunks: tuple[ScheduledChunk, ...]) -> None:
+    scheduler.commit(chunks)
     for chunk in chunks:
-        chunk.sequence.num_computed_tokens = chunk.stop
         if chunk.wants_logits:
             chunk.sequence.append(1)
 
@@ -37,21 +37,21 @@ def test_the_oldest_prefill_gets_the_budget_first_and_logits_come_with_its_last_
     scheduler.add(sequence(4, name="b"))
     first = scheduler.schedule()
     assert shape(first) == [("a", 0, 8, False)]
-    commit(first)
+    commit(scheduler, first)
     second = scheduler.schedule()
     assert shape(second) == [("a", 8, 11, True), ("b", 0, 4, True)]
-    commit(second)
+    commit(scheduler, second)
     assert [chunk.is_decode for chunk in scheduler.schedule()] == [True, True]
 
 
 def test_decodes_come_first_whatever_the_order_of_arrival() -> None:
-    scheduler = Scheduler(replace(LIMITS, max_num_batched_tokens=6))
+    scheduler = Scheduler(replace(LIMITS, max_num_batched_tokens=6, prefix_cache=False))
     scheduler.add(sequence(10, name="long"))
-    commit(scheduler.schedule())
+    commit(scheduler, scheduler.schedule())
     scheduler.add(sequence(1, name="short"))
     chunks = scheduler.schedule()
     assert shape(chunks) == [("long", 6, 10, True), ("short", 0, 1, True)]
-    commit(chunks)
+    commit(scheduler, chunks)
     scheduler.add(sequence(9, name="new"))
     assert shape(scheduler.schedule()) == [("long", 10, 11, True), ("short", 1, 2, True), ("new", 0, 4, False)]
 
@@ -69,26 +69,57 @@ def test_a_request_that_must_wait_for_blocks_is_not_overtaken() -> None:
     scheduler.add(sequence(8, name="a"))
     scheduler.add(sequence(30, name="big"))
     scheduler.add(sequence(1, name="small"))
-    commit(scheduler.schedule())
+    commit(scheduler, scheduler.schedule())
     assert shape(scheduler.schedule()) == [("a", 8, 9, True)]
 
 
 def test_the_newest_is_preempted_and_comes_back_first() -> None:
-    scheduler = Scheduler(replace(LIMITS, num_blocks=3))
+    scheduler = Scheduler(replace(LIMITS, num_blocks=3, prefix_cache=False))
     old, new = sequence(4, name="old"), sequence(4, name="new")
     scheduler.add(old)
     scheduler.add(new)
     scheduler.add(sequence(5, name="later"))
-    commit(scheduler.schedule())
+    commit(scheduler, scheduler.schedule())
     # Both need a second block and one is left: the newest gives way, and nobody is admitted into what it gave.
     chunks = scheduler.schedule()
     assert shape(chunks) == [("old", 4, 5, True)]
     assert (new.num_computed_tokens, len(new.block_table), scheduler.num_preemptions) == (0, 0, 1)
     scheduler.check_integrity()
-    commit(chunks)
+    commit(scheduler, chunks)
     scheduler.remove(old)
     # Its prompt and the token it had generated are computed again.
     assert shape(scheduler.schedule()) == [("new", 0, 5, True)]
+
+
+def test_a_preempted_sequence_takes_back_what_was_not_evicted_and_that_is_no_hit() -> None:
+    scheduler = Scheduler(replace(LIMITS, num_blocks=4))
+    old, new = Sequence(GenerationRequest("old", (9, 9, 9, 9), 16)), sequence(8, name="new")
+    scheduler.add(old)
+    commit(scheduler, scheduler.schedule())
+    scheduler.add(new)
+    commit(scheduler, scheduler.schedule())
+    commit(scheduler, scheduler.schedule())
+    # Two full blocks are computed of it and there is no third for its ninth token.
+    assert shape(scheduler.schedule()) == [("old", 6, 7, True)]
+    assert (new.num_computed_tokens, scheduler.num_preemptions) == (0, 1)
+    scheduler.remove(old)
+    assert shape(scheduler.schedule()) == [("new", 8, 9, True)]
+    assert scheduler.num_cached_tokens == 0
+    scheduler.check_integrity()
+
+
+def test_of_two_equal_sequences_that_both_computed_their_prompt_the_preempted_one_shares_the_others_at_once() -> None:
+    scheduler = Scheduler(replace(LIMITS, num_blocks=3))
+    old, new = sequence(4, name="old"), sequence(4, name="new")
+    scheduler.add(old)
+    scheduler.add(new)
+    commit(scheduler, scheduler.schedule())
+    assert old.block_table[0] != new.block_table[0]
+    # Both need a second block and one is left.
+    assert shape(scheduler.schedule()) == [("old", 4, 5, True), ("new", 4, 5, True)]
+    assert old.block_table[0] == new.block_table[0]
+    assert scheduler.num_preemptions == 1
+    scheduler.check_integrity()
 
 
 def test_scheduling_again_without_a_commit_gives_the_same_tokens_and_blocks() -> None:
@@ -98,6 +129,45 @@ def test_scheduling_again_without_a_commit_gives_the_same_tokens_and_blocks() ->
     table = list(first[0].sequence.block_table)
     assert scheduler.schedule() == first
     assert list(first[0].sequence.block_table) == table
+
+
+def test_a_sequence_starts_behind_what_an_earlier_one_left_and_one_of_it_is_counted() -> None:
+    scheduler = Scheduler(LIMITS)
+    scheduler.add(sequence(7, name="a"))
+    commit(scheduler, scheduler.schedule())
+    scheduler.add(sequence(13, name="b"))
+    chunks = scheduler.schedule()
+    assert shape(chunks) == [("a", 7, 8, True), ("b", 4, 11, False)]
+    assert chunks[0].sequence.block_table[0] == chunks[1].sequence.block_table[0]
+    assert scheduler.num_cached_tokens == 4
+    scheduler.check_integrity()
+
+
+def test_a_step_that_is_not_committed_leaves_nothing_to_share() -> None:
+    scheduler = Scheduler(LIMITS)
+    scheduler.add(sequence(8, name="a"))
+    assert shape(scheduler.schedule()) == [("a", 0, 8, True)]
+    scheduler.add(sequence(8, name="b"))
+    assert shape(scheduler.schedule()) == [("a", 0, 8, True)]
+    commit(scheduler, scheduler.schedule())
+    assert shape(scheduler.schedule()) == [("a", 8, 9, True), ("b", 4, 8, True)]
+
+
+def test_a_sequence_of_which_all_but_one_token_is_known_decodes_from_the_start() -> None:
+    scheduler = Scheduler(LIMITS)
+    first = sequence(5, name="first")
+    scheduler.add(first)
+    commit(scheduler, scheduler.schedule())
+    scheduler.remove(first)
+    scheduler.add(Sequence(GenerationRequest("other", (9,), 4)))
+    scheduler.add(sequence(5, name="again"))
+    chunks = scheduler.schedule()
+    # Decodes come first, and so they do when the step is lost and scheduled again.
+    assert shape(chunks) == [("again", 4, 5, True), ("other", 0, 1, True)]
+    assert [chunk.is_decode for chunk in chunks] == [True, False]
+    assert scheduler.schedule() == chunks
+    for part in split_micro_batches(chunks, 2):
+        assert [chunk.num_tokens for chunk in part] == [1]
 
 
 def test_removing_a_waiting_sequence_leaves_the_others() -> None:
