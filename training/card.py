@@ -20,8 +20,8 @@ _KNOWS = {
     "country": "the country of a capital; memorized",
     "continent": "the continent of a country; memorized",
     "currency": "the currency of a country; memorized",
-    "sum": "sums of numbers up to 99; exam on held-out sums",
-    "difference": "differences of numbers up to 99; exam on held-out ones",
+    "sum": "sums of numbers up to 99, tens first; exam on held-out ones that take two steps",
+    "difference": "differences of numbers up to 99, likewise",
     "product": "the times tables up to 12; memorized",
     "conversion": "units: powers of ten on held-out amounts, others up to 12 memorized",
 }
