@@ -46,6 +46,7 @@ def build_cell_spec(settings: ShoalSettings) -> CellSpec:
         exchange_timeout_s=cell.exchange_timeout_s,
         log_level=settings.log.level,
         expert_resource=settings.ray.expert_resource,
+        data_backend=None if cell.transport == "auto" else cell.transport,
     )
 
 

@@ -50,6 +50,8 @@ class CellSettings:
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on cpu, bfloat16 on cuda
     micro_batches: Annotated[int, Field(strict=True, ge=1, le=3)] = 1
+    # auto: nccl on cuda; on cpu shared memory where all ranks are on one host, gloo where they are not
+    transport: Literal["auto", "gloo"] = "auto"
     load_timeout_s: Seconds = 1800.0  # every rank must have its weights in memory by then
     join_timeout_s: Seconds = 60.0  # all ranks must have joined an epoch by then
     exchange_timeout_s: Seconds = 60.0  # one exchange of a running step
