@@ -153,7 +153,7 @@ def cell_needs(settings: ShoalSettings) -> CellNeeds:
     config = load_model_config(directory)
     spec = build_cell_spec(settings)
     placement = spec.placement(config)
-    check_checkpoint(directory, config)
+    quantization = check_checkpoint(directory, config)
     ChatTokenizer.load(directory)
     dtype = torch_dtype(spec)
     tokens = spec.limits.num_blocks * spec.limits.block_size
@@ -161,7 +161,9 @@ def cell_needs(settings: ShoalSettings) -> CellNeeds:
         attention_replicas=spec.topology.num_attention,
         attention_slice=attention_slice_bytes(config, dtype),
         kv_cache=tokens * kv_bytes_per_token(config, spec.dtype),
-        expert_slices=tuple(expert_slice_bytes(config, len(experts), dtype) for experts in placement.shards),
+        expert_slices=tuple(
+            expert_slice_bytes(config, len(experts), dtype, quantization) for experts in placement.shards
+        ),
     )
 
 

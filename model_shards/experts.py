@@ -17,34 +17,55 @@ import torch.nn.functional as F
 from torch import nn
 
 from model_shards.config import ModelConfig
-from model_shards.linear import frozen_parameter
+from model_shards.expert_matrix import make_expert_matrix
+from model_shards.quantization import Quantization
 
 
 class ExpertLayer(nn.Module):
     """Weights of one layer's experts, contiguous per expert; gate and up stand together for one product."""
 
-    def __init__(self, config: ModelConfig, num_experts: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_experts: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantization: Quantization | None = None,
+    ) -> None:
         super().__init__()
         hidden, width = config.hidden_size, config.moe_intermediate_size
-        self.gate_up_proj = frozen_parameter((num_experts, 2 * width, hidden), dtype, device)  # [E, 2I, H]
-        self.down_proj = frozen_parameter((num_experts, hidden, width), dtype, device)  # [E, H, I]
+        # [E, 2I, H] and [E, H, I]
+        self.gate_up_proj = make_expert_matrix(num_experts, hidden, 2 * width, dtype, device, quantization)
+        self.down_proj = make_expert_matrix(num_experts, width, hidden, dtype, device, quantization)
 
     def apply_expert(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
         """SwiGLU of one local expert, [P, H] -> [P, H]."""
-        gate, up = F.linear(rows, self.gate_up_proj[expert]).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.down_proj[expert])
+        gate, up = self.gate_up_proj.multiply(expert, rows).chunk(2, dim=-1)
+        return self.down_proj.multiply(expert, F.silu(gate) * up)
 
 
 class ExpertShardModel(nn.Module):
-    """The same logical experts of every MoE layer; `experts[i]` is local id i."""
+    """The same logical experts of every MoE layer; `experts[i]` is local id i.
 
-    def __init__(self, config: ModelConfig, experts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    `dtype` is that of the activations, and of the weights unless these are quantized.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        experts: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        quantization: Quantization | None = None,
+    ) -> None:
         super().__init__()
         self.experts = experts
         self.moe_intermediate_size = config.moe_intermediate_size
         self.moe_layers = config.moe_layers
         self._index_of_layer = {layer: index for index, layer in enumerate(config.moe_layers)}
-        self.layers = nn.ModuleList(ExpertLayer(config, len(experts), dtype, device) for _ in config.moe_layers)
+        self.layers = nn.ModuleList(
+            ExpertLayer(config, len(experts), dtype, device, quantization) for _ in config.moe_layers
+        )
 
     def forward(self, layer: int, hidden: torch.Tensor, local_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Weighted sum over each row's experts held here.
@@ -74,15 +95,21 @@ class ExpertShardModel(nn.Module):
         return total.to(hidden.dtype)
 
     def hf_slices(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face tensor name, writable view) for every tensor of this shard."""
+        """(Hugging Face tensor name, writable view) for every tensor of this shard; scales have their weight's name
+        and `_scale_inv`."""
         width = self.moe_intermediate_size
         for layer in self.moe_layers:
             weights = self._layer(layer)
             for local, expert in enumerate(self.experts):
                 prefix = f"model.layers.{layer}.mlp.experts.{expert}"
-                yield f"{prefix}.gate_proj.weight", weights.gate_up_proj.data[local, :width]
-                yield f"{prefix}.up_proj.weight", weights.gate_up_proj.data[local, width:]
-                yield f"{prefix}.down_proj.weight", weights.down_proj.data[local]
+                parts = (
+                    ("gate_proj", weights.gate_up_proj, slice(0, width)),
+                    ("up_proj", weights.gate_up_proj, slice(width, 2 * width)),
+                    ("down_proj", weights.down_proj, slice(None)),
+                )
+                for name, matrix, rows in parts:
+                    for suffix, view in matrix.slices(local, rows):
+                        yield f"{prefix}.{name}.weight{suffix}", view
 
     def _apply_experts(self, layer: int, rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """Rows [P, H] lie expert after expert, counts[e] of them for local expert e."""

@@ -25,9 +25,15 @@ _USER_ERRORS = (
     UnknownModelError,
 )
 _NEXT: tuple[tuple[type[ShoalError], str], ...] = (
-    (ConfigError, "change the setting; `shoal serve --help` lists the options, `shoal check-config FILE` reads a file"),
+    (
+        ConfigError,
+        "change the setting; `shoal COMMAND --help` lists the options, `shoal check-config FILE` reads a file",
+    ),
     (CheckpointError, "mend the checkpoint, or name another with --model"),
-    (CapacityError, "free memory or add devices, or ask for less: engine.kv_cache_memory_gb, other numbers of ranks"),
+    (
+        CapacityError,
+        "free memory or disk, add devices, or ask for less: engine.kv_cache_memory_gb, other numbers of ranks",
+    ),
     (UnavailableError, "the lines above may say why; run it again with `--set log.level=DEBUG` to see more"),
     (OverloadedError, "try again shortly"),
 )

@@ -7,6 +7,7 @@ from deploy.cli.chat import chat
 from deploy.cli.config_check import check_config
 from deploy.cli.failure import failure_of
 from deploy.cli.serve import serve
+from deploy.cli.shard import shard
 from deploy.cli.status import status
 from deploy.cli.version import version
 from model_shards.errors import ShoalError
@@ -42,7 +43,7 @@ def shoal() -> None:
     """
 
 
-for command in (serve, chat, bench, status, check_config, version):
+for command in (serve, chat, bench, shard, status, check_config, version):
     shoal.add_command(command)
 
 

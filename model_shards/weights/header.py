@@ -8,9 +8,11 @@ its last tensor was cut short or damaged, and is told so here, before a byte of 
 Format: https://github.com/huggingface/safetensors, README, "Format".
 """
 
+import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,9 @@ from model_shards.errors import CheckpointError
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_COUNT = 2**63 - 1
 _MEND = "copy or download the file again"
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+QUANTIZED_DTYPES = {"I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}
+DTYPE_NAMES = {dtype: name for name, dtype in (FLOAT_DTYPES | QUANTIZED_DTYPES).items()}
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,17 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int  # bytes from the start of the file
     num_bytes: int
+    sha256: str | None = None  # what its bytes must have, where a manifest says so
 
 
-def read_header(file: Path) -> tuple[StoredTensor, ...]:
+def read_header(
+    file: Path, dtypes: Mapping[str, torch.dtype] = FLOAT_DTYPES, sha256: str | None = None
+) -> tuple[StoredTensor, ...]:
     """The tensors of a safetensors file, in the order of their data.
 
-    Raises CheckpointError, naming the file, when it is missing, truncated, no safetensors file, or holds a dtype that
-    is not a float of 16 to 64 bits.
+    `sha256` is what the header must have: its first 8 bytes and its JSON. Raises CheckpointError, naming the file, when
+    it is missing, truncated, no safetensors file, has another header, or holds a dtype that is not in `dtypes`, by
+    default the floats of 16 to 64 bits.
     """
     try:
         with file.open("rb") as stream:
@@ -52,7 +60,13 @@ def read_header(file: Path) -> tuple[StoredTensor, ...]:
                     f"{file} is truncated or no safetensors file: its first 8 bytes announce a header of {length} "
                     f"bytes and the file has {size}; {_MEND}"
                 )
-            header: object = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_distinct)
+            text = stream.read(length)
+            found = hashlib.sha256(length.to_bytes(8, "little") + text).hexdigest()
+            if sha256 not in (None, found):
+                raise CheckpointError(
+                    f"{file} is damaged: its header must have SHA-256 {sha256}, found {found}; {_MEND}"
+                )
+            header: object = json.loads(text.decode("utf-8"), object_pairs_hook=_distinct)
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing; {_MEND}") from None
     except OSError as error:
@@ -63,21 +77,23 @@ def read_header(file: Path) -> tuple[StoredTensor, ...]:
         ) from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file} is damaged: its header is not a JSON object; {_MEND}")
-    tensors = [_entry(file, name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"]
+    tensors = [
+        _entry(file, name, entry, 8 + length, dtypes) for name, entry in header.items() if name != "__metadata__"
+    ]
     # A tensor without elements takes no room and may begin where another does.
     tensors.sort(key=lambda tensor: (tensor.start, tensor.num_bytes))
     _check_layout(file, tensors, 8 + length, size)
     return tuple(tensors)
 
 
-def _entry(file: Path, name: str, entry: object, data_start: int) -> StoredTensor:
+def _entry(file: Path, name: str, entry: object, data_start: int, dtypes: Mapping[str, torch.dtype]) -> StoredTensor:
     values = entry if isinstance(entry, dict) else {}
     dtype_name, shape, offsets = values.get("dtype"), _counts(values.get("shape")), _counts(values.get("data_offsets"))
     if not isinstance(dtype_name, str) or shape is None or offsets is None or len(offsets) != 2:
         raise CheckpointError(f"{file} is damaged: its header entry of tensor {name} is not valid; {_MEND}")
-    dtype = _DTYPES.get(dtype_name)
+    dtype = dtypes.get(dtype_name)
     if dtype is None:
-        raise CheckpointError(f"{file}: tensor {name} must be one of {', '.join(_DTYPES)}, got {dtype_name!r}")
+        raise CheckpointError(f"{file}: tensor {name} must be one of {', '.join(dtypes)}, got {dtype_name!r}")
     begin, end = offsets
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise CheckpointError(

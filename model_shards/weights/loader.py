@@ -1,26 +1,28 @@
 """Fills a rank's model from the checkpoint: tensors in file order, each through one reused buffer.
 
+Of a cut checkpoint (`shoal shard`) every tensor is checked against its sum before it reaches the model.
+
 Files are read, not mapped: pages of a mapping count as the process's memory for as long as a tensor looks at them, and
 a rank would seem to hold every file it touched. So the peak is the slice plus the largest tensor, as stored.
 """
 
 from collections.abc import Callable, Iterable
-from io import BufferedReader
 from itertools import groupby
 from pathlib import Path
 
 import torch
 
 from model_shards.config import ModelConfig
-from model_shards.errors import CheckpointError
 from model_shards.experts import ExpertShardModel
 from model_shards.model import AttentionModel
-from model_shards.weights.check import checked_tensors
+from model_shards.weights.check import Checkpoint
 from model_shards.weights.header import StoredTensor
 from model_shards.weights.memory import attention_slice_bytes, available_bytes, check_memory, expert_slice_bytes
+from model_shards.weights.reading import TensorReader, open_weights
 
 # Called with (bytes read, bytes to read): once before the first tensor and once after each.
 Progress = Callable[[int, int], None]
+_META = torch.device("meta")
 
 
 def load_attention_model(
@@ -35,10 +37,12 @@ def load_attention_model(
 
     `reserved_bytes` is what the caller will allocate beside it, the KV cache: both must fit, or nothing is loaded.
 
-    Raises CheckpointError when the checkpoint does not fit `config` (before anything is allocated) or changes while it
-    is read, CapacityError when `device` has less free memory than that takes.
+    Raises CheckpointError when the checkpoint does not fit `config` (before anything is allocated), changes while it
+    is read or, cut by `shoal shard`, is not what was written then; CapacityError when `device` has less free memory
+    than that takes.
     """
-    tensors = checked_tensors(directory, config)
+    names = {name for name, _ in AttentionModel(config, dtype, _META).hf_slices()}
+    tensors = Checkpoint.open(directory).tensors(config, names)
     what = "the attention slice" + (" with its KV cache" if reserved_bytes else "")
     _check_room(attention_slice_bytes(config, dtype) + reserved_bytes, device, what)
     model = AttentionModel(config, dtype, device)
@@ -54,11 +58,17 @@ def load_expert_shard(
     device: torch.device,
     progress: Progress | None = None,
 ) -> ExpertShardModel:
-    """The slice of an expert rank: `experts` of every MoE layer and nothing else. Raises as `load_attention_model`."""
-    tensors = checked_tensors(directory, config)
+    """The slice of an expert rank: `experts` of every MoE layer and nothing else, quantized when the checkpoint is.
+
+    Raises as `load_attention_model`.
+    """
+    checkpoint = Checkpoint.open(directory)
+    quantization = checkpoint.quantization
+    names = {name for name, _ in ExpertShardModel(config, experts, dtype, _META, quantization).hf_slices()}
+    tensors = checkpoint.tensors(config, names)
     what = f"a slice of {len(experts)} of {config.n_routed_experts} experts"
-    _check_room(expert_slice_bytes(config, len(experts), dtype), device, what)
-    shard = ExpertShardModel(config, experts, dtype, device)
+    _check_room(expert_slice_bytes(config, len(experts), dtype, quantization), device, what)
+    shard = ExpertShardModel(config, experts, dtype, device, quantization)
     _fill(shard.hf_slices(), tensors, progress)
     return shard
 
@@ -81,31 +91,11 @@ def _fill(
     if progress is not None:
         progress(done, total)
     for file, jobs_of_file in groupby(jobs, key=lambda job: job[0].file):
-        with _open(file) as stream:
+        with open_weights(file) as stream:
             for tensor, view in jobs_of_file:
-                _read_into(stream, tensor, memoryview(buffer)[: tensor.num_bytes])
+                TensorReader(stream, tensor).read_into(memoryview(buffer)[: tensor.num_bytes])
                 stored = torch.frombuffer(buffer, dtype=tensor.dtype, count=tensor.num_bytes // tensor.dtype.itemsize)
                 view.copy_(stored.view(tensor.shape))
                 done += tensor.num_bytes
                 if progress is not None:
                     progress(done, total)
-
-
-def _open(file: Path) -> BufferedReader:
-    try:
-        return file.open("rb")
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-
-
-def _read_into(stream: BufferedReader, tensor: StoredTensor, target: memoryview) -> None:
-    """Fills `target`; the system may give less than was asked in one read."""
-    try:
-        stream.seek(tensor.start)
-        while target:
-            count = stream.readinto(target)
-            if not count:
-                raise CheckpointError(f"{tensor.file} became shorter while tensor {tensor.name} was read from it")
-            target = target[count:]
-    except OSError as error:
-        raise CheckpointError(f"{tensor.file} cannot be read at tensor {tensor.name}: {error.strerror}") from error

@@ -9,6 +9,7 @@ from model_shards.config import ModelConfig
 from model_shards.errors import CapacityError
 from model_shards.experts import ExpertShardModel
 from model_shards.model import AttentionModel
+from model_shards.quantization import Quantization
 
 _GIB = 2**30
 _MEMINFO = Path("/proc/meminfo")
@@ -20,9 +21,12 @@ def attention_slice_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return _parameter_bytes(AttentionModel(config, dtype, torch.device("meta")))
 
 
-def expert_slice_bytes(config: ModelConfig, num_experts: int, dtype: torch.dtype) -> int:
+def expert_slice_bytes(
+    config: ModelConfig, num_experts: int, dtype: torch.dtype, quantization: Quantization | None = None
+) -> int:
     """Bytes of the weights of an expert rank with `num_experts` experts in every MoE layer; allocates nothing."""
-    return _parameter_bytes(ExpertShardModel(config, tuple(range(num_experts)), dtype, torch.device("meta")))
+    experts = tuple(range(num_experts))
+    return _parameter_bytes(ExpertShardModel(config, experts, dtype, torch.device("meta"), quantization))
 
 
 def available_bytes(device: torch.device) -> int | None:

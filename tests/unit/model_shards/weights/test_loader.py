@@ -121,9 +121,9 @@ def test_an_expert_rank_reads_its_own_experts_and_nothing_else(indexed: Path, ex
 def test_an_expert_held_twice_has_its_weights_in_both_places(indexed: Path) -> None:
     shard = load_experts(indexed, CONFIG, (5, 2, 5), torch.float32, CPU)
     for layer in shard.layers:
-        assert torch.equal(layer.gate_up_proj[0], layer.gate_up_proj[2])
-        assert torch.equal(layer.down_proj[0], layer.down_proj[2])
-        assert not torch.equal(layer.down_proj[0], layer.down_proj[1])
+        assert torch.equal(layer.gate_up_proj.weight[0], layer.gate_up_proj.weight[2])
+        assert torch.equal(layer.down_proj.weight[0], layer.down_proj.weight[2])
+        assert not torch.equal(layer.down_proj.weight[0], layer.down_proj.weight[1])
 
 
 def test_tensors_are_read_in_the_order_of_their_files(indexed: Path) -> None:

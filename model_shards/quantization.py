@@ -1,0 +1,56 @@
+"""Weights of one byte an element, with one float32 scale per output channel (a row of the matrix).
+
+    scale_inv[o] = max_i |W[o, i]| / L          L = 127 for int8, 448 for fp8 (the largest torch.float8_e4m3fn)
+    q[o, i]      = round(W[o, i] / scale_inv[o])    to the nearest, ties to even; never outside [-L, L]
+    W[o, i]      ~ q[o, i] * scale_inv[o]
+
+The scale has the name and the sense that DeepSeek-V3's checkpoints give it: what a stored value is multiplied by.
+Every q is exact in bfloat16 and in float32, so a product with q loses nothing that the product itself does not lose.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+SCALE_SUFFIX = "_scale_inv"
+
+
+class Quantization(StrEnum):
+    """How routed experts are stored and held."""
+
+    INT8 = "int8"
+    FP8 = "fp8"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of a quantized weight."""
+        return torch.int8 if self is Quantization.INT8 else torch.float8_e4m3fn
+
+    @property
+    def largest(self) -> int:
+        """L."""
+        return 127 if self is Quantization.INT8 else 448
+
+
+@dataclass(frozen=True)
+class QuantizedRows:
+    """Some rows of a quantized matrix."""
+
+    values: torch.Tensor  # [rows, in], int8 or float8_e4m3fn
+    scale_inv: torch.Tensor  # [rows] float32
+
+
+def quantize_rows(weight: torch.Tensor, quantization: Quantization) -> QuantizedRows:
+    """Quantizes weight [rows, in], each row by itself. Raises ValueError when a value is not finite in float32."""
+    wide = weight.float()
+    largest = wide.abs().amax(dim=1)  # [rows]
+    if not bool(largest.isfinite().all()):
+        raise ValueError("a value is not finite")
+    # A row of zeros, or of subnormals: the smallest normal scale gives zeros, and no division by zero.
+    scale_inv = (largest / quantization.largest).clamp_min(torch.finfo(torch.float32).tiny)
+    scaled = wide.div_(scale_inv[:, None]) if wide is not weight else wide / scale_inv[:, None]
+    if quantization is Quantization.INT8:
+        scaled = scaled.round_()
+    values = scaled.clamp_(-quantization.largest, quantization.largest).to(quantization.dtype)
+    return QuantizedRows(values, scale_inv)

@@ -1,0 +1,74 @@
+"""Bytes of tensors from a safetensors file, checked against the sum that a cut checkpoint has for them."""
+
+import hashlib
+from io import BufferedReader
+from pathlib import Path
+
+from model_shards.errors import CheckpointError
+from model_shards.weights.header import StoredTensor
+
+REMEDY = "copy the file again, or delete it and run the same `shoal shard` again, which cuts it anew"
+
+
+def open_weights(file: Path) -> BufferedReader:
+    """Raises CheckpointError."""
+    try:
+        return file.open("rb")
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+
+
+class TensorReader:
+    """One tensor of an open file, from its first byte to its last."""
+
+    def __init__(self, stream: BufferedReader, tensor: StoredTensor) -> None:
+        self._stream = stream
+        self._tensor = tensor
+        self._position = tensor.start
+        self._digest = None if tensor.sha256 is None else hashlib.sha256()
+
+    def read_into(self, target: memoryview) -> None:
+        """Fills `target` with the next bytes. The last byte of the tensor read, they are all checked.
+
+        Raises CheckpointError naming file and tensor: for a read that fails or ends early, and for bytes that are not
+        those that were written, with both sums.
+        """
+        tensor, rest = self._tensor, target
+        try:
+            self._stream.seek(self._position)
+            while rest:  # the system may give less than was asked in one read
+                count = self._stream.readinto(rest)
+                if not count:
+                    raise CheckpointError(f"{tensor.file} became shorter while tensor {tensor.name} was read from it")
+                rest = rest[count:]
+        except OSError as error:
+            raise CheckpointError(f"{tensor.file} cannot be read at tensor {tensor.name}: {error.strerror}") from error
+        self._position += len(target)
+        if self._digest is not None:
+            self._digest.update(target)
+            if self._position == tensor.start + tensor.num_bytes:
+                self._check(self._digest.hexdigest())
+
+    def _check(self, found: str) -> None:
+        tensor = self._tensor
+        if found != tensor.sha256:
+            raise CheckpointError(
+                f"{tensor.file} is damaged: tensor {tensor.name} must have SHA-256 {tensor.sha256}, found {found}; "
+                f"{REMEDY}"
+            )
+
+
+def check_file(file: Path, num_bytes: int, sha256: str) -> None:
+    """A whole file. Raises CheckpointError with what was expected and found."""
+    try:
+        with file.open("rb") as stream:
+            size = file.stat().st_size
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing, and the manifest beside it names it; {REMEDY}") from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    if size != num_bytes:
+        raise CheckpointError(f"{file} is truncated or changed: it must have {num_bytes} bytes, found {size}; {REMEDY}")
+    if found != sha256:
+        raise CheckpointError(f"{file} is damaged or changed: it must have SHA-256 {sha256}, found {found}; {REMEDY}")
