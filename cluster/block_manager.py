@@ -44,7 +44,7 @@ class BlockManager:
         At least the last token is left out: it must be computed, since the next one is sampled from its logits.
         """
         prefix: list[int] = []
-        while self._limits.prefix_cache and (len(prefix) + 1) * self._limits.block_size < sequence.num_tokens:
+        while (len(prefix) + 1) * self._limits.block_size < sequence.num_tokens:
             block = self._block_of.get(self._hash(sequence, len(prefix)))
             if block is None:
                 break
