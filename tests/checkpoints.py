@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,9 +11,17 @@ from unittest import mock
 
 import torch
 from safetensors.torch import save_file
-from transformers import DeepseekV2ForCausalLM
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
-from tests.reference import make_hf_config, published_config, published_state_dict, random_hf_model, save_checkpoint
+from model_shards.weights.check import expected_shapes
+from tests.reference import (
+    make_hf_config,
+    model_config_of,
+    published_config,
+    published_state_dict,
+    random_hf_model,
+    save_checkpoint,
+)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -145,3 +154,18 @@ def merged(extents: Sequence[Extent]) -> list[Extent]:
         else:
             result.append(extent)
     return result
+
+
+def write_zeros(directory: Path, config: DeepseekV2Config) -> dict[str, int]:
+    """A checkpoint of zeros, which takes no room on the disk; bytes of each tensor."""
+    (directory / "config.json").write_text(json.dumps(published_config(config)))
+    header, end = {}, 0
+    for name, shape in expected_shapes(model_config_of(config)).items():
+        size = 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    with (directory / "model.safetensors").open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + end)
+    return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()}

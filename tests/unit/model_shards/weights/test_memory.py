@@ -21,8 +21,16 @@ from model_shards.weights import (
     memory,
 )
 from model_shards.weights.check import expected_shapes
-from tests.checkpoints import branchy_model, header_extents, merged, stored_state, watched_reads, write_single
-from tests.reference import CPU, make_hf_config, model_config_of, published_config
+from tests.checkpoints import (
+    branchy_model,
+    header_extents,
+    merged,
+    stored_state,
+    watched_reads,
+    write_single,
+    write_zeros,
+)
+from tests.reference import CPU, make_hf_config, model_config_of
 
 MIB = 2**20
 # A checkpoint of about 200 MB, of which 32 experts in each of 4 layers take most.
@@ -60,21 +68,6 @@ before = fresh_peak()
 content = (wide / "model.safetensors").read_bytes()
 print(json.dumps({"load": peak, "whole": memory("VmHWM") - before, "size": len(content)}))
 """
-
-
-def write_zeros(directory: Path, config: object) -> dict[str, int]:
-    """A checkpoint of zeros, which takes no room on the disk; bytes of each tensor."""
-    (directory / "config.json").write_text(json.dumps(published_config(config)))
-    header, end = {}, 0
-    for name, shape in expected_shapes(model_config_of(config)).items():
-        size = 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    with (directory / "model.safetensors").open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        stream.truncate(8 + len(text) + end)
-    return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()}
 
 
 @pytest.mark.parametrize("role", ["attention", "expert"])
