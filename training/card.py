@@ -82,6 +82,10 @@ def model_card(
                     f"{_perplexity(figures.trigram_loss)}",
                 ],
                 ["shoal-demo", f"{figures.loss:.3f}", f"{_perplexity(figures.loss)}"],
+                *(
+                    [f"shoal-demo, routed experts in {name}", f"{loss:.3f}", f"{_perplexity(loss)}"]
+                    for name, loss in figures.quantized_losses
+                ),
             ],
         ),
         f"On {figures.num_tokens} held-out tokens (glosses, sums, differences and conversions that training "

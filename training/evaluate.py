@@ -1,10 +1,12 @@
 """What is measured of a finished model: held-out loss beside counting models, and the load of its experts."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
 from transformers import DeepseekV2ForCausalLM
 
+from model_shards.quantization import Quantization, quantize_rows
 from training.balance import RouterProbe, expert_counts
 from training.batch import Batch
 from training.corpus import encode_pairs, pretraining_batches
@@ -48,6 +50,7 @@ class Figures:
     trigram_loss: float
     num_tokens: int
     loads: tuple[LayerLoad, ...]
+    quantized_losses: tuple[tuple[str, float], ...]  # loss with the routed experts in int8, and in fp8
 
 
 @torch.no_grad()
@@ -66,7 +69,21 @@ def evaluate(model: DeepseekV2ForCausalLM, recipe: Recipe, prepared: Prepared) -
         trigram_loss=trigram_loss(prepared.stream, prepared.held_out, recipe.vocab_size),
         num_tokens=len(prepared.held_out),
         loads=_loads(model, [text, _every_kind(prepared)]),
+        quantized_losses=tuple(
+            (kind.value, batch_loss(with_quantized_experts(model, kind), text)) for kind in Quantization
+        ),
     )
+
+
+def with_quantized_experts(model: DeepseekV2ForCausalLM, quantization: Quantization) -> DeepseekV2ForCausalLM:
+    """A copy whose routed experts have the values that `shoal shard --quantize` leaves of them, in float32."""
+    quantized = copy.deepcopy(model)
+    for name, parameter in quantized.named_parameters():
+        if ".mlp.experts." in name:
+            for expert in parameter.data:  # [out, in]
+                rows = quantize_rows(expert, quantization)
+                expert.copy_(rows.values.float() * rows.scale_inv[:, None])
+    return quantized
 
 
 def _every_kind(prepared: Prepared) -> Batch:
