@@ -58,7 +58,8 @@ def shard(model: Path, out: Path, quantize: str | None) -> None:
     if report.num_written < report.num_files:
         click.echo(f"shoal: {report.num_files - report.num_written} files stood there already", err=True)
     stored = "" if quantization is None else f", experts in {quantization.value}"
-    click.echo(f"shoal: {out}: {report.num_files} files of weights, {report.num_bytes / 1e9:.2f} GB{stored}")
+    size = f"{report.num_bytes / 1e9:.2f} GB" if report.num_bytes >= 1e9 else f"{report.num_bytes / 1e6:.2f} MB"
+    click.echo(f"shoal: {out}: {report.num_files} files of weights, {size}{stored}")
     click.echo(f"shoal: next: shoal serve --model {out}", err=True)
 
 
