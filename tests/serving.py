@@ -14,6 +14,10 @@ import psutil
 
 READY = re.compile(r"^shoal: ready grpc=(\S+) http=(\S+) model=(\S+)$")
 START_S = 180.0
+# Of the service that tests share (tests/integration/conftest.py).
+MAX_MODEL_LEN = 4096
+MAX_NUM_SEQS = 4
+MAX_CONCURRENT_REQUESTS = 16
 STOP_S = 60.0
 
 

@@ -81,9 +81,9 @@ def model_card(
                     f"{figures.trigram_loss:.3f}",
                     f"{_perplexity(figures.trigram_loss)}",
                 ],
-                ["shoal-demo", f"{figures.loss:.3f}", f"{_perplexity(figures.loss)}"],
+                ["shoal-demo", f"{figures.loss:.4f}", f"{_perplexity(figures.loss)}"],
                 *(
-                    [f"shoal-demo, routed experts in {name}", f"{loss:.3f}", f"{_perplexity(loss)}"]
+                    [f"shoal-demo, routed experts in {name}", f"{loss:.4f}", f"{_perplexity(loss)}"]
                     for name, loss in figures.quantized_losses
                 ),
             ],

@@ -45,7 +45,7 @@ def main() -> None:
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--nice", default=10, show_default=True, help="Lowers this process's priority by so much.")
 def train_command(work: Path, out: Path, device: str, nice: int) -> None:
-    """Train it: about an hour on 2 quiet cores."""
+    """Train it: an hour and a quarter on 2 quiet cores."""
     os.nice(nice)
     torch.set_num_threads(os.cpu_count() or 1)
     console = Console(stderr=True)

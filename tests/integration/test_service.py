@@ -16,7 +16,6 @@ import psutil
 import pytest
 import torch
 import transformers
-import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
@@ -24,26 +23,11 @@ from deploy.gateway import inference_pb2 as pb
 from deploy.gateway.inference_pb2_grpc import InferenceStub
 from deploy.models import default_model_directory
 from tests.reference import hf_greedy
-from tests.serving import running_service
+from tests.serving import MAX_CONCURRENT_REQUESTS, MAX_MODEL_LEN, MAX_NUM_SEQS
 
 pytestmark = [pytest.mark.service, pytest.mark.timeout(300)]
 
-MAX_MODEL_LEN = 4096
-MAX_NUM_SEQS = 4
-MAX_CONCURRENT_REQUESTS = 16
 QUESTION = [{"role": "system", "content": "Answer."}, {"role": "user", "content": "What is a whale?"}]
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory):
-    config = tmp_path_factory.mktemp("service") / "shoal.yaml"
-    settings = {
-        "engine": {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": MAX_NUM_SEQS},
-        "server": {"max_concurrent_requests": MAX_CONCURRENT_REQUESTS},
-    }
-    config.write_text(yaml.safe_dump(settings))
-    with running_service("--config", str(config)) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +88,8 @@ def test_the_chat_answer_is_transformers_answer_to_the_checkpoints_own_template(
 
 
 def test_http_and_grpc_give_one_answer_streamed_or_not(service, stub):
-    expected = "".join(chunk.content for chunk in stub.ChatCompletion(chat_request(), timeout=60.0))
+    chunks = list(stub.ChatCompletion(chat_request(), timeout=60.0))
+    expected = "".join(chunk.content for chunk in chunks)
     base_url = f"http://{service.http}/v1"
     with openai.OpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=60.0) as client:
         whole = client.chat.completions.create(model="", messages=QUESTION, max_tokens=24, temperature=0.0)
@@ -115,13 +100,13 @@ def test_http_and_grpc_give_one_answer_streamed_or_not(service, stub):
         ids = client.completions.create(model="", prompt=[5, 6, 7], max_tokens=4, temperature=0.0)
         [listed] = client.models.list().data
     assert whole.choices[0].message.content == streamed == expected
-    assert whole.usage.completion_tokens == 24
+    assert whole.usage.completion_tokens == chunks[-1].usage.completion_tokens > 1
     assert ids.usage.prompt_tokens == 3
     assert listed.id == service.model == "shoal-demo"
 
 
 def test_the_first_of_several_choices_is_the_answer_of_one_and_the_others_differ(stub):
-    sampling = {"temperature": 1.0, "seed": 4, "ignore_eos": True}
+    sampling = {"temperature": 2.0, "seed": 4, "ignore_eos": True}
     alone = [
         token for chunk in stub.ChatCompletion(chat_request(**sampling), timeout=60.0) for token in chunk.token_ids
     ]
@@ -237,9 +222,9 @@ REFUSED = {
     "no prompt": (completion(text=None), "INVALID_ARGUMENT", ("prompt",)),
     "no tokens": (completion(text=None, token_ids=pb.TokenIds()), "INVALID_ARGUMENT", ("at least one token",)),
     "token id above the vocabulary": (
-        completion(text=None, token_ids=pb.TokenIds(ids=[1, 8192])),
+        completion(text=None, token_ids=pb.TokenIds(ids=[1, 4096])),
         "INVALID_ARGUMENT",
-        ("token_ids[1]", "8191", "got 8192"),
+        ("token_ids[1]", "4095", "got 4096"),
     ),
     "token id below 0": (
         completion(text=None, token_ids=pb.TokenIds(ids=[-1])),
@@ -277,7 +262,7 @@ HTTP_REFUSED = {
     "max_tokens 0": ("completions", body(max_tokens=0), 400, "got 0"),
     "max_tokens a text": ("completions", body(max_tokens="many"), 400, "max_tokens"),
     "temperature NaN": ("completions", body(temperature=math.nan), 400, "temperature"),
-    "token ids out of range": ("completions", body(prompt=[8192]), 400, "8192"),
+    "token ids out of range": ("completions", body(prompt=[4096]), 400, "4096"),
     "prompt too long": ("completions", body(prompt=[5] * 5000), 400, "5000"),
     "unknown model": ("completions", body(model="gpt-9"), 404, "gpt-9"),
     "empty messages": ("chat/completions", b'{"messages": []}', 400, "messages"),
@@ -360,7 +345,7 @@ def test_a_client_that_leaves_frees_its_place(service, stub, leave):
 def test_requests_of_every_kind_at_once_end_as_they_would_alone(stub, reference):
     model, _ = reference
     draw = random.Random(3)
-    prompts = [[draw.randrange(8192) for _ in range(draw.randint(1, 300))] for _ in range(6)]
+    prompts = [[draw.randrange(4096) for _ in range(draw.randint(1, 300))] for _ in range(6)]
     streams = [
         stub.Completion(
             pb.CompletionRequest(token_ids=pb.TokenIds(ids=prompt), max_tokens=16, temperature=0.0, ignore_eos=True),

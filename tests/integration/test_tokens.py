@@ -24,7 +24,7 @@ def checkpoint(tmp_path_factory):
     tokenizer = default_model_directory()
     for name in TOKENIZER_FILES:
         (directory / name).write_bytes((tokenizer / name).read_bytes())
-    expected = make_expected(directory, seed=11, vocab_size=8192)
+    expected = make_expected(directory, seed=11, vocab_size=4096)
     return directory, expected.prompts, expected.tokens
 
 

@@ -218,7 +218,7 @@ async def test_each_choice_takes_a_place_and_a_request_gets_all_of_its_places_or
     [
         ([[5], [6], [7]], 2, "prompts x n must be at most 4, the requests at once, got 6"),
         ([[5]] * 5, 1, "prompts x n must be at most 4, the requests at once, got 5"),
-        ([[5], [8192]], 1, r"prompt 1: token_ids\[0\] must be 0 to 8191, got 8192"),
+        ([[5], [4096]], 1, r"prompt 1: token_ids\[0\] must be 0 to 4095, got 4096"),
         ([[5], []], 1, "prompt 1: the prompt must hold at least one token, got none"),
         (["a", "b" * 9000], 1, "prompt 1: prompt must be at most 8192 bytes"),
         ([], 1, "there must be at least one prompt, got none"),

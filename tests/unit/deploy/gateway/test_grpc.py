@@ -123,9 +123,9 @@ async def test_fields_that_are_set_reach_the_engine_even_when_they_are_zero():
             "prompt must be text or token_ids, got neither",
         ),
         (
-            pb.CompletionRequest(token_ids=pb.TokenIds(ids=[1, 8192])),
+            pb.CompletionRequest(token_ids=pb.TokenIds(ids=[1, 4096])),
             grpc.StatusCode.INVALID_ARGUMENT,
-            "token_ids[1] must be 0 to 8191, got 8192",
+            "token_ids[1] must be 0 to 4095, got 4096",
         ),
         (
             pb.CompletionRequest(token_ids=pb.TokenIds(ids=[])),
@@ -255,7 +255,7 @@ async def test_tokenize_and_detokenize_refuse_what_they_cannot_do():
         stub = InferenceStub(channel)
         with pytest.raises(grpc.RpcError, match="'gpt-4' is not served") as unknown:
             await stub.Tokenize(pb.TokenizeRequest(model="gpt-4", text="a"))
-        with pytest.raises(grpc.RpcError, match=r"token_ids\[0\] must be 0 to 8191, got -1") as outside:
+        with pytest.raises(grpc.RpcError, match=r"token_ids\[0\] must be 0 to 4095, got -1") as outside:
             await stub.Detokenize(pb.DetokenizeRequest(token_ids=pb.TokenIds(ids=[-1])))
     assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
     assert outside.value.code() is grpc.StatusCode.INVALID_ARGUMENT

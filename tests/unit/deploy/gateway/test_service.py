@@ -85,7 +85,7 @@ async def test_without_a_seed_each_request_draws_its_own():
         ([], SamplingFields(), "the prompt must hold at least one token"),
         ([1] * MAX_MODEL_LEN, SamplingFields(), "must leave room for one token in a context of 128 tokens, got 128"),
         ("word " * 200, SamplingFields(), "must leave room for one token"),
-        ([1, 8192], SamplingFields(), r"token_ids\[1\] must be 0 to 8191, got 8192"),
+        ([1, 4096], SamplingFields(), r"token_ids\[1\] must be 0 to 4095, got 4096"),
         ([1], SamplingFields(max_tokens=MAX_MODEL_LEN), r"got 1 \+ 128"),
     ],
 )
