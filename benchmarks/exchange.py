@@ -79,7 +79,7 @@ def _run(
     membership = Membership(1, topology, placement, rendezvous, transport, 60.0, 60.0)
     store = connect_rendezvous(rendezvous, 60.0)
     with open_epoch(membership, rank, _CPU, store) as groups:
-        headers = HeaderExchange(groups, topology, 1, 60.0)
+        headers = HeaderExchange(groups, membership, rank, 1, _LAYERS)
         header_us: list[float] = []
         for _ in range(5 * _STEPS):
             begun = time.perf_counter()

@@ -81,7 +81,12 @@ class LeaveFlag:
 
 @contextmanager
 def open_session(
-    membership: Membership, global_rank: int, device: torch.device, num_micro_batches: int, leave: LeaveFlag
+    membership: Membership,
+    global_rank: int,
+    device: torch.device,
+    num_micro_batches: int,
+    num_moe_layers: int,
+    leave: LeaveFlag,
 ) -> Iterator[EpochSession]:
     """Joins an epoch, within the membership's join deadline altogether.
 
@@ -94,7 +99,7 @@ def open_session(
     with leave.during(membership.epoch):
         leave.interrupt_with(partial(abort_join, membership, global_rank, ringing))
         with open_epoch(membership, global_rank, device, store, deadline) as groups:
-            headers = HeaderExchange(groups, membership.topology, num_micro_batches, membership.exchange_timeout_s)
+            headers = HeaderExchange(groups, membership, global_rank, num_micro_batches, num_moe_layers)
             bell = WakeBell(store, ringing)
             leave.interrupt_with(bell.ring)
             yield EpochSession(membership, groups, headers, bell)

@@ -62,7 +62,10 @@ class ExpertShard:
 
     def _run_epoch(self, membership: Membership, global_rank: int, on_joined: Callable[[], None]) -> None:
         num_micro_batches = self._spec.limits.num_micro_batches
-        with open_session(membership, global_rank, self._device, num_micro_batches, self._leave) as session:
+        num_moe_layers = len(self._config.moe_layers)
+        with open_session(
+            membership, global_rank, self._device, num_micro_batches, num_moe_layers, self._leave
+        ) as session:
             dispatcher = make_expert_dispatcher(
                 session.groups, membership, self._ep_rank, self._config, self._dtype, self._device
             )

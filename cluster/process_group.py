@@ -92,22 +92,19 @@ def open_epoch(
         deadline = time.monotonic() + membership.join_timeout_s
     joining = _Joining(membership, global_rank, store, deadline)
     with contextlib.ExitStack() as built:
-        outbox = _make_outbox(membership)
-        if outbox is not None:
-            built.callback(outbox.close)
         with joining.guarded("join"):
+            outbox = _make_outbox(membership)
+            if outbox is not None:
+                built.callback(outbox.close)
             joining.tell_address(outbox)
             joining.meet("joined")
         with joining.guarded("build the process groups of"):
             control = _open_gloo(membership, global_rank, joining.substore("control"), joining.left_s())
             built.callback(_hang_up, control, "gloo")
-            addresses = joining.addresses()
-            backend = _data_backend(membership, addresses)
-            mesh: Mesh | None = None
+            mesh = _open_mesh(membership, global_rank, joining, outbox)
+            backend = "shm" if mesh is not None else membership.backend if membership.backend == "nccl" else "gloo"
             data: dist.ProcessGroup | None = None
-            if backend == "shm":
-                assert outbox is not None, "a rank that has an address has an outbox"
-                mesh = Mesh(outbox, addresses, global_rank, joining.names)
+            if mesh is not None:
                 built.callback(mesh.close)
             else:
                 data = _open_data(membership, backend, global_rank, device, joining.substore("data"), joining.left_s())
@@ -126,19 +123,40 @@ def _make_outbox(membership: Membership) -> Outbox | None:
     return Outbox(membership.topology.world_size)
 
 
-def _data_backend(membership: Membership, addresses: list[Address]) -> str:
-    """What carries the data: all ranks conclude the same from the same addresses. Raises ConfigError."""
+def _open_mesh(membership: Membership, global_rank: int, joining: "_Joining", outbox: Outbox | None) -> Mesh | None:
+    """None where shared memory was not asked for, or not all ranks can have it, as all ranks conclude alike.
+
+    Raises ConfigError where it was asked for by name and cannot be had.
+    """
     if membership.backend not in ("auto", "shm"):
-        return membership.backend
+        return None
+    addresses = joining.addresses()
     hosts = {address.host for address in addresses}
-    if len(addresses) == membership.topology.world_size and len(hosts) == 1:
-        return "shm"
-    if membership.backend == "shm":
+    world_size = membership.topology.world_size
+    if len(addresses) < world_size or len(hosts) > 1:
+        if membership.backend == "auto":
+            return None
         raise ConfigError(
             "the backend shm needs all ranks on one Linux host under one user: "
-            f"{len(addresses)} of {membership.topology.world_size} ranks can share memory, on {len(hosts)} hosts"
+            f"{len(addresses)} of {world_size} ranks can share memory, on {len(hosts)} hosts"
         )
-    return "gloo"
+    assert outbox is not None, "a rank that has an address has an outbox"
+    mesh, why = None, ""
+    try:
+        mesh = Mesh(outbox, addresses, global_rank, joining.names)
+    except (OSError, ValueError) as error:
+        why = str(error)  # another container's processes, a peer that is gone
+    # Whoever cannot open one peer's memory tells all: either every rank shares or none does.
+    with contextlib.ExitStack() as made:
+        if mesh is not None:
+            made.callback(mesh.close)
+        refused = joining.refusals(why)
+        if not refused:
+            made.pop_all()
+            return mesh
+    if membership.backend == "auto":
+        return None
+    raise ConfigError(f"the backend shm cannot be had: {refused[0]}")
 
 
 def abort_join(membership: Membership, global_rank: int, store: Store) -> None:
@@ -150,7 +168,7 @@ def abort_join(membership: Membership, global_rank: int, store: Store) -> None:
     topology = membership.topology
     with contextlib.suppress(RuntimeError, OSError):
         keys.set("abort", topology.name(global_rank))
-        for stage in _STAGES:
+        for stage in (*_STAGES, "sharing"):
             for rank in range(topology.world_size):
                 keys.set(f"{stage}/{topology.name(rank)}", "1")
 
@@ -197,6 +215,14 @@ class _Joining:
         """Of the ranks that have one, by global rank; all have told theirs before they met."""
         told = [self._store.get(f"address/{name}").decode() for name in self.names]
         return [Address.decode(text) for text in told if text]
+
+    def refusals(self, why: str) -> list[str]:
+        """Says why this rank cannot share memory, or "" if it can, and waits for all; what the others said."""
+        self._store.set(f"sharing/{self._me}", f"rank {self._me}: {why}" if why else "")
+        self._store.wait([f"sharing/{name}" for name in self.names], timedelta(seconds=self.left_s()))
+        self._check_abort()
+        told = [self._store.get(f"sharing/{name}").decode() for name in self.names]
+        return [text for text in told if text]
 
     def meet(self, stage: str) -> None:
         """Says that this rank reached `stage` and waits until all have. Raises EpochAbortedError when one gave up."""

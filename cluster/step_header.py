@@ -16,9 +16,10 @@ import torch.distributed as dist
 
 from cluster.dispatch.base import StepPlan
 from cluster.limits import MAX_MICRO_BATCHES
+from cluster.membership import Membership
 from cluster.process_group import EpochGroups
 from cluster.shm.mesh import Mesh
-from cluster.topology import Topology
+from cluster.topology import Role, Topology
 from model_shards.errors import EpochAbortedError
 
 _FIELDS = 2 + MAX_MICRO_BATCHES
@@ -64,27 +65,44 @@ class HeaderExchange:
     """Gathers headers. Every rank must call `exchange` once a step."""
 
     def __init__(
-        self, groups: EpochGroups, topology: Topology, num_micro_batches: int, exchange_timeout_s: float
+        self, groups: EpochGroups, membership: Membership, global_rank: int, num_micro_batches: int, num_moe_layers: int
     ) -> None:
-        self._topology = topology
+        self._topology = membership.topology
+        self._global_rank = global_rank
         self._num_micro_batches = num_micro_batches
-        self._gather: Callable[[list[int]], list[list[int]]]
+        self._num_moe_layers = num_moe_layers
+        self._missed = 0  # exchanges of the last step that this rank has no part in
+        self._gather: _Gather
         if groups.mesh is not None:
-            self._gather = _SharedGather(groups.mesh, exchange_timeout_s)
+            self._gather = _SharedGather(groups.mesh, membership.exchange_timeout_s)
         else:
-            self._gather = _GroupGather(groups.control, topology.world_size)
+            self._gather = _GroupGather(groups.control, self._topology.world_size)
 
     def exchange(self, header: StepHeader) -> AgreedStep:
         """Blocks until all ranks sent theirs, at most the epoch's exchange timeout.
+
+        Where ranks without tokens have no part in a step's exchanges, they wait here for all of them, each of which may
+        take that long; a rank that has a part meets the deadline of one, and closes the epoch for all.
 
         Raises EpochAbortedError when a rank is lost, late, or in another epoch.
         """
         padded = [*header.tokens, *([0] * (MAX_MICRO_BATCHES - len(header.tokens)))]
         try:
-            rows = self._gather([header.epoch, int(header.ends), *padded])
-        except RuntimeError as error:
+            rows = self._gather([header.epoch, int(header.ends), *padded], 1 + self._missed)
+        except (RuntimeError, OSError) as error:
             raise EpochAbortedError(f"the step header exchange of epoch {header.epoch} failed: {error}") from error
-        return agree(rows, header.epoch, self._topology, self._num_micro_batches)
+        agreed = agree(rows, header.epoch, self._topology, self._num_micro_batches)
+        self._missed = self._missed_in(agreed.plan)
+        return agreed
+
+    def _missed_in(self, plan: StepPlan) -> int:
+        if self._topology.role(self._global_rank) is Role.EXPERT or any(plan.tokens[self._global_rank]):
+            return 0
+        return 2 * self._num_moe_layers * len(plan.active_micro_batches)
+
+
+# (row, exchange timeouts to wait at most) -> rows of all ranks
+_Gather = Callable[[list[int], int], list[list[int]]]
 
 
 class _SharedGather:
@@ -92,19 +110,19 @@ class _SharedGather:
         self._mesh = mesh
         self._timeout_s = timeout_s
 
-    def __call__(self, row: list[int]) -> list[list[int]]:
-        return self._mesh.gather(row, time.monotonic() + self._timeout_s)
+    def __call__(self, row: list[int], timeouts: int) -> list[list[int]]:
+        return self._mesh.gather(row, time.monotonic() + timeouts * self._timeout_s)
 
 
 class _GroupGather:
-    """Its buffers are made once per epoch."""
+    """Its buffers are made once per epoch. Every rank has a part in every exchange of a group: one timeout will do."""
 
     def __init__(self, control: dist.ProcessGroup, world_size: int) -> None:
         self._control = control
         self._mine = torch.zeros(_FIELDS, dtype=torch.int64)
         self._all = [torch.zeros(_FIELDS, dtype=torch.int64) for _ in range(world_size)]
 
-    def __call__(self, row: list[int]) -> list[list[int]]:
+    def __call__(self, row: list[int], timeouts: int) -> list[list[int]]:
         self._mine.copy_(torch.tensor(row))
         self._control.allgather([self._all], [self._mine]).wait()
         return [[int(value) for value in gathered] for gathered in torch.stack(self._all).tolist()]

@@ -87,7 +87,10 @@ class StepLoop:
 
     def run_epoch(self, membership: Membership, global_rank: int, on_joined: Callable[[], None]) -> None:
         """Joins the epoch and steps until it ends. Raises EpochAbortedError; uncommitted work is then forgotten."""
-        with open_session(membership, global_rank, self._device, self._num_micro_batches, self._leave) as session:
+        num_moe_layers = len(self._config.moe_layers)
+        with open_session(
+            membership, global_rank, self._device, self._num_micro_batches, num_moe_layers, self._leave
+        ) as session:
             dispatcher = make_attention_dispatcher(
                 session.groups, membership, global_rank, self._config, self._dtype, self._device
             )

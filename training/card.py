@@ -65,8 +65,7 @@ def model_card(
         f"Exam: {right} of {asked} fixed questions (`tests/demo_questions.json`) answered readably and right, "
         f"judged by "
         "`tests/demo_judge.py`, greedy, through the running service. Facts marked as memorized were all in "
-        "training; only "
-        "the wording is new. The others ask what training never showed.",
+        "training, in the wordings of the exam too; the others ask what training never showed.",
         "## What it does not know",
         f'Anything else. It was taught to say: "{REFUSAL}" It did so for {_outside(scores)} questions that no training '
         "template makes. It may still answer a question it should refuse, and it knows no conversation beyond "

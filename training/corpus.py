@@ -75,12 +75,19 @@ def read_corpus(work: Path) -> Corpus:
         *questions.talk(),
     ]
     least, most = _GLOSS_WORDS
-    glosses: dict[str, None] = {}
+    glosses: dict[str, str] = {}  # text -> its definition
     for sense in senses:
         if least <= len(sense.definition.split()) <= most:
-            glosses[f"{sense.lemma}: {sense.definition}." + "".join(f" {text}." for text in sense.examples[:1])] = None
-    train = tuple(gloss for gloss in glosses if not questions.is_held_out(gloss.partition(": ")[2]))
-    held_out = tuple(gloss for gloss in glosses if questions.is_held_out(gloss.partition(": ")[2]))
+            text = f"{sense.lemma}: {sense.definition}." + "".join(f" {example}." for example in sense.examples[:1])
+            glosses[text] = sense.definition
+    # A definition that is taught stands in the training text as an answer, wherever its gloss falls.
+    taught = {fact.expected for fact in facts if fact.kind == "definition"}
+    train = tuple(text for text in glosses if not questions.is_held_out(text.partition(": ")[2]))
+    held_out = tuple(
+        text
+        for text, definition in glosses.items()
+        if questions.is_held_out(text.partition(": ")[2]) and definition not in taught
+    )
     return Corpus(tuple(facts), questions.word_lists(senses, countries, sources.read_names(wordnet)), train, held_out)
 
 

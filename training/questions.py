@@ -3,7 +3,7 @@
 A fact has one answer and several phrasings. Facts that generalize (sums and differences that take two steps,
 conversions by a power of ten) are split by their operands before anything else: `is_held_out` decides, and what it
 holds out is in no training text. The others (definitions, geography, times tables, the single steps that longer sums
-are made of) can only be memorized; for these a phrasing is new, never the fact.
+are made of) can only be memorized: the exam asks for them in words that training had.
 """
 
 import hashlib

@@ -59,9 +59,13 @@ class Outbox:
         self.token = secrets.token_bytes(TOKEN_BYTES)
         self._head_bytes = _head_bytes(world_size)
         self._file = os.memfd_create("shoal-outbox", os.MFD_CLOEXEC)
-        os.ftruncate(self._file, self._head_bytes)
-        head = mmap.mmap(self._file, self._head_bytes)
-        self._boxes = [_Box(head, rank, create=True) for rank in range(world_size)]
+        try:
+            os.ftruncate(self._file, self._head_bytes)
+            head = mmap.mmap(self._file, self._head_bytes)
+            self._boxes = [_Box(head, rank, create=True) for rank in range(world_size)]
+        except BaseException:
+            os.close(self._file)
+            raise
         self._rows_sent = [0] * world_size
         self._data_sent = [0] * world_size
         self._regions: dict[tuple[int, int], tuple[int, int]] = {}  # (reader, slot) -> offset, bytes

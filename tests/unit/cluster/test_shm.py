@@ -8,14 +8,20 @@ import resource
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from cluster.membership import Membership, Rendezvous
 from cluster.shm.mesh import Address, Mesh, PeerLostError, address_of, host_identity, supported
 from cluster.shm.outbox import RING, Inbox, Outbox
 from cluster.shm.semaphore import Semaphore
 from cluster.shm.watch import ProcessWatch
+from cluster.step_header import HeaderExchange, StepHeader
+from cluster.topology import Topology
+from model_shards.errors import EpochAbortedError
+from model_shards.placement import contiguous_placement
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -111,6 +117,54 @@ def test_a_message_of_another_size_than_due_is_refused():
         inbox.take(torch.empty(4, dtype=torch.uint8))
     outbox.close()
     inbox.close()
+
+
+def test_a_peer_that_left_in_order_and_then_ended_ends_no_wait_for_another():
+    with meshes(3) as (first, second, third):
+        first.close()
+        third._exited(0)
+        threading.Timer(0.2, second.send, (2, message(7))).start()
+        out = torch.empty(1, dtype=torch.uint8)
+        third.receive(1, out, soon())
+        assert out.tolist() == [7]
+        with pytest.raises(PeerLostError, match="rank R0 left the epoch"):
+            third.receive(0, out, soon())
+        third._exited(1)
+        with pytest.raises(PeerLostError, match="the process of rank R1 is gone"):
+            third.receive(1, out, soon())
+
+
+def test_a_replica_without_tokens_waits_at_the_header_for_the_whole_step_and_others_for_one_exchange():
+    timeout_s = 0.4
+    topology = Topology(2, 1)
+    membership = Membership(
+        1, topology, contiguous_placement(4, 1), Rendezvous("127.0.0.1", 1), "shm", timeout_s, timeout_s
+    )
+    ended = {}
+
+    def run(rank, mesh):
+        headers = HeaderExchange(SimpleNamespace(mesh=mesh), membership, rank, 1, num_moe_layers=3)
+        headers.exchange(StepHeader(1, (5 if rank == 0 else 0,), ends=False))
+        if rank == 0:
+            time.sleep(3 * timeout_s)  # a step of six exchanges, none of them late
+        begun = time.monotonic()
+        try:
+            headers.exchange(StepHeader(1, (0,), ends=False))
+            ended[rank] = "agreed"
+        except EpochAbortedError as error:
+            ended[rank] = (str(error), time.monotonic() - begun)
+
+    with meshes(3) as made:
+        threads = [threading.Thread(target=run, args=each) for each in enumerate(made)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30.0)
+    # E0 took part in the step, so it does not wait longer than for one exchange; A1, without tokens, does.
+    message_, waited_s = ended[2]
+    assert "rank R0 sent nothing in time" in message_
+    assert waited_s < 3 * timeout_s
+    assert ended[1] == "agreed"
 
 
 def test_what_is_no_outbox_or_another_one_is_refused(tmp_path):
