@@ -10,7 +10,10 @@ Ranks on CPUs of one host need no data group: they exchange headers and rows thr
 
 How ranks join (keys in the store, under `epoch<n>/`):
 
-    set joined/A0 -> wait for joined/* of all ranks -> build both groups -> set built/A0 -> wait for built/*
+    set joined/A0 -> wait for joined/* of all ranks -> open each other's memory
+                  -> set sharing/A0 -> wait for sharing/* -> build the groups -> set built/A0 -> wait for built/*
+
+The value of `joined` is where a rank's memory is, that of `sharing` why it cannot open another's; both may be empty.
 
 Every wait ends at the one join deadline, and what is missing then is named. A rank that is told to leave while it
 joins sets `abort` and every key that anyone may wait for, so all ranks wake, see why, and give the epoch up.
@@ -34,7 +37,7 @@ from model_shards.errors import ConfigError, EpochAbortedError
 
 # auto: shm where all ranks are on one host, else gloo.
 BACKENDS = ("auto", "gloo", "nccl", "shm")
-_STAGES = ("joined", "built")
+_STAGES = ("joined", "sharing", "built")
 _HANG_UP_TAG = 0x5EED  # of messages that are never sent; collectives count their tags elsewhere
 
 
@@ -44,16 +47,12 @@ class EpochGroups:
     def __init__(
         self, control: dist.ProcessGroup, data: dist.ProcessGroup | None, backend: str, mesh: Mesh | None
     ) -> None:
-        """`backend`: what carries the data: gloo, nccl, or shm, which has a mesh and no group."""
+        """`data` or `mesh` carries the data, the other is None; `backend` is that of `data`: gloo or nccl."""
         self.control = control
         self.data = data
         self.backend = backend
         self.mesh = mesh
         self._closed = False
-
-    def staged(self, device: torch.device) -> bool:
-        """Whether tensors of `device` go through host memory."""
-        return self.backend == "gloo" and device.type == "cuda"
 
     def close(self) -> None:
         """Drops the connections of both groups, so that neither this rank nor a peer waits on. Idempotent.
@@ -96,13 +95,12 @@ def open_epoch(
             outbox = _make_outbox(membership)
             if outbox is not None:
                 built.callback(outbox.close)
-            joining.tell_address(outbox)
-            joining.meet("joined")
+            words = joining.meet("joined", "" if outbox is None else address_of(outbox).encode())
         with joining.guarded("build the process groups of"):
             control = _open_gloo(membership, global_rank, joining.substore("control"), joining.left_s())
             built.callback(_hang_up, control, "gloo")
-            mesh = _open_mesh(membership, global_rank, joining, outbox)
-            backend = "shm" if mesh is not None else membership.backend if membership.backend == "nccl" else "gloo"
+            mesh = _open_mesh(membership, global_rank, joining, outbox, words)
+            backend = "nccl" if membership.backend == "nccl" else "gloo"
             data: dist.ProcessGroup | None = None
             if mesh is not None:
                 built.callback(mesh.close)
@@ -123,40 +121,41 @@ def _make_outbox(membership: Membership) -> Outbox | None:
     return Outbox(membership.topology.world_size)
 
 
-def _open_mesh(membership: Membership, global_rank: int, joining: "_Joining", outbox: Outbox | None) -> Mesh | None:
-    """None where shared memory was not asked for, or not all ranks can have it, as all ranks conclude alike.
+def _open_mesh(
+    membership: Membership, global_rank: int, joining: "_Joining", outbox: Outbox | None, words: list[str]
+) -> Mesh | None:
+    """None where shared memory was not asked for, or not all ranks can have it: all conclude the same.
 
-    Raises ConfigError where it was asked for by name and cannot be had.
+    `words` are the ranks' addresses. Raises ConfigError where it was asked for by name and cannot be had.
     """
-    if membership.backend not in ("auto", "shm"):
-        return None
-    addresses = joining.addresses()
-    hosts = {address.host for address in addresses}
-    world_size = membership.topology.world_size
-    if len(addresses) < world_size or len(hosts) > 1:
-        if membership.backend == "auto":
-            return None
-        raise ConfigError(
-            "the backend shm needs all ranks on one Linux host under one user: "
-            f"{len(addresses)} of {world_size} ranks can share memory, on {len(hosts)} hosts"
-        )
-    assert outbox is not None, "a rank that has an address has an outbox"
-    mesh, why = None, ""
-    try:
-        mesh = Mesh(outbox, addresses, global_rank, joining.names)
-    except (OSError, ValueError) as error:
-        why = str(error)  # another container's processes, a peer that is gone
-    # Whoever cannot open one peer's memory tells all: either every rank shares or none does.
+    mesh, why = None, _why_not_shared(words)
     with contextlib.ExitStack() as made:
-        if mesh is not None:
-            made.callback(mesh.close)
-        refused = joining.refusals(why)
+        if not why:
+            assert outbox is not None, "a rank that has an address has an outbox"
+            try:
+                addresses = [Address.decode(word) for word in words]
+                mesh = made.enter_context(contextlib.closing(Mesh(outbox, addresses, global_rank, joining.names)))
+            except (OSError, ValueError) as error:
+                why = f"a rank cannot open another's memory: {error}"
+        # Whoever cannot open one peer's memory tells all: either every rank shares or none does.
+        refused = [word for word in joining.meet("sharing", why) if word]
         if not refused:
             made.pop_all()
             return mesh
-    if membership.backend == "auto":
-        return None
-    raise ConfigError(f"the backend shm cannot be had: {refused[0]}")
+    if membership.backend == "shm":
+        raise ConfigError(f"the backend shm cannot be had, {refused[0]}; gloo carries the data everywhere")
+    return None
+
+
+def _why_not_shared(words: list[str]) -> str:
+    """Empty when all ranks have an address, on one host."""
+    hosts = {Address.decode(word).host for word in words if word}
+    if all(words) and len(hosts) == 1:
+        return ""
+    able = sum(map(bool, words))
+    return (
+        f"it needs all ranks on one Linux host under one user: {able} of {len(words)} can share, on {len(hosts)} hosts"
+    )
 
 
 def abort_join(membership: Membership, global_rank: int, store: Store) -> None:
@@ -168,7 +167,7 @@ def abort_join(membership: Membership, global_rank: int, store: Store) -> None:
     topology = membership.topology
     with contextlib.suppress(RuntimeError, OSError):
         keys.set("abort", topology.name(global_rank))
-        for stage in (*_STAGES, "sharing"):
+        for stage in _STAGES:
             for rank in range(topology.world_size):
                 keys.set(f"{stage}/{topology.name(rank)}", "1")
 
@@ -180,7 +179,7 @@ def check_backend(backend: str, device: torch.device) -> None:
     if backend in ("auto", "shm") and device.type != "cpu":
         raise ConfigError(f"the backend {backend} needs a cpu device, got {device}")
     if backend == "shm" and not supported():
-        raise ConfigError("the backend shm needs Linux 5.3 and glibc 2.30, which this system has not")
+        raise ConfigError("the backend shm needs memfd, pidfd and /proc of Linux 5.3, and glibc 2.30; ask for gloo")
     if backend == "nccl" and device.type != "cuda":
         raise ConfigError(f"the backend nccl needs a cuda device, got {device}")
     if backend == "nccl" and not dist.is_nccl_available():
@@ -207,29 +206,19 @@ class _Joining:
         """A store whose keys no other group can touch."""
         return PrefixStore(name, self._store)
 
-    def tell_address(self, outbox: Outbox | None) -> None:
-        """Must come before `meet`; a rank without an outbox says so."""
-        self._store.set(f"address/{self._me}", "" if outbox is None else address_of(outbox).encode())
+    def meet(self, stage: str, word: str = "") -> list[str]:
+        """Says that this rank reached `stage` and waits until all have; their words, by global rank.
 
-    def addresses(self) -> list[Address]:
-        """Of the ranks that have one, by global rank; all have told theirs before they met."""
-        told = [self._store.get(f"address/{name}").decode() for name in self.names]
-        return [Address.decode(text) for text in told if text]
-
-    def refusals(self, why: str) -> list[str]:
-        """Says why this rank cannot share memory, or "" if it can, and waits for all; what the others said."""
-        self._store.set(f"sharing/{self._me}", f"rank {self._me}: {why}" if why else "")
-        self._store.wait([f"sharing/{name}" for name in self.names], timedelta(seconds=self.left_s()))
-        self._check_abort()
-        told = [self._store.get(f"sharing/{name}").decode() for name in self.names]
-        return [text for text in told if text]
-
-    def meet(self, stage: str) -> None:
-        """Says that this rank reached `stage` and waits until all have. Raises EpochAbortedError when one gave up."""
+        Raises EpochAbortedError when one gave up.
+        """
         self._stage = stage
-        self._store.set(f"{stage}/{self._me}", "1")
-        self._store.wait([f"{stage}/{name}" for name in self.names], timedelta(seconds=self.left_s()))
+        keys = [f"{stage}/{name}" for name in self.names]
+        self._store.set(f"{stage}/{self._me}", word)
+        self._store.wait(keys, timedelta(seconds=self.left_s()))
+        words = [self._store.get(key).decode() for key in keys]
+        # After reading: who gives up writes its own words over others'.
         self._check_abort()
+        return words
 
     @contextlib.contextmanager
     def guarded(self, what: str) -> Iterator[None]:

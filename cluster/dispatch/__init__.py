@@ -66,4 +66,5 @@ def _transport(groups: EpochGroups, membership: Membership, device: torch.device
     if groups.mesh is not None:
         return SharedTransport(groups.mesh, membership.exchange_timeout_s)
     assert groups.data is not None, "an epoch has a mesh or a process group for its data"
-    return StagedTransport(groups.data) if groups.staged(device) else DirectTransport(groups.data)
+    staged = groups.backend == "gloo" and device.type == "cuda"
+    return StagedTransport(groups.data) if staged else DirectTransport(groups.data)

@@ -19,9 +19,9 @@ from tests.dispatch_cell import membership_of, run_rank_epoch, with_deadlines
 CPU = torch.device("cpu")
 
 
-def open_all(rendezvous: Rendezvous, epoch: int) -> list[EpochGroups]:
+def open_all(rendezvous: Rendezvous, epoch: int, backend: str = "gloo") -> list[EpochGroups]:
     """Opens a (1, 2) epoch on three threads."""
-    membership = membership_of(rendezvous, epoch, 1, 2)
+    membership = membership_of(rendezvous, epoch, 1, 2, backend)
 
     def join(rank: int) -> EpochGroups:
         return open_epoch(membership, rank, CPU, connect_rendezvous(rendezvous, 30))
@@ -55,6 +55,35 @@ def test_a_rendezvous_that_is_gone_is_named():
     del server
     with pytest.raises(EpochAbortedError, match=f"127.0.0.1:{rendezvous.port} did not answer within 1 s"):
         connect_rendezvous(rendezvous, 1)
+
+
+def test_ranks_of_one_host_share_memory_unless_one_of_them_cannot(monkeypatch):
+    server = serve_rendezvous("127.0.0.1")
+    shared = open_all(server.rendezvous, 1, "auto")
+    assert all(groups.mesh is not None and groups.data is None for groups in shared)
+    for groups in shared:
+        groups.close()
+
+    real = process_group.Mesh
+
+    def one_is_refused(outbox, addresses, me, names):
+        if me == 2:
+            raise PermissionError(13, "Permission denied", "/proc/1/fd/7")
+        return real(outbox, addresses, me, names)
+
+    monkeypatch.setattr(process_group, "Mesh", one_is_refused)
+    over_gloo = open_all(server.rendezvous, 2, "auto")
+    assert all(groups.mesh is None and groups.data is not None for groups in over_gloo)
+    for groups in over_gloo:
+        groups.close()
+    with pytest.raises(ConfigError, match=r"the backend shm cannot be had, .*Permission denied: '/proc/1/fd/7'"):
+        open_all(server.rendezvous, 3, "shm")
+
+    monkeypatch.setattr(process_group, "supported", lambda: False)
+    without = open_all(server.rendezvous, 4, "auto")
+    assert all(groups.mesh is None for groups in without)
+    for groups in without:
+        groups.close()
 
 
 def test_a_start_that_fails_half_way_closes_what_it_had_built(monkeypatch):
