@@ -8,6 +8,7 @@ dispatch and combine together, and of one step header, and the ratio of the tran
 
 import statistics
 import time
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -20,46 +21,26 @@ from cluster.process_group import EpochGroups, open_epoch
 from cluster.rendezvous import connect_rendezvous, serve_rendezvous
 from cluster.step_header import HeaderExchange, StepHeader
 from cluster.topology import Role, Topology
-from model_shards.config import ModelConfig, RopeConfig
+from model_shards.config import ModelConfig
 from model_shards.placement import contiguous_placement
+from tests.dispatch_cell import CONFIG
 from tests.ranks import run_ranks, values
 
 _NUM_EXPERTS = 64
+_TOP_K = 6
 _LAYERS = 12
 _STEPS = 20
 _CPU = torch.device("cpu")
 
 
 def _config(hidden_size: int) -> ModelConfig:
-    return ModelConfig(
-        vocab_size=8,
+    """The tests' cell that only exchanges, in the size of a model."""
+    return replace(
+        CONFIG,
         hidden_size=hidden_size,
-        intermediate_size=8,
-        moe_intermediate_size=8,
-        num_hidden_layers=_LAYERS + 1,
-        num_attention_heads=1,
-        q_lora_rank=None,
-        kv_lora_rank=4,
-        qk_nope_head_dim=4,
-        qk_rope_head_dim=4,
-        v_head_dim=4,
+        num_hidden_layers=_LAYERS + CONFIG.first_k_dense_replace,
         n_routed_experts=_NUM_EXPERTS,
-        n_shared_experts=1,
-        num_experts_per_tok=6,
-        n_group=1,
-        topk_group=1,
-        topk_method="greedy",
-        routed_scaling_factor=1.0,
-        norm_topk_prob=False,
-        first_k_dense_replace=1,
-        moe_layer_freq=1,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=64,
-        rope=RopeConfig(10000.0, None),
-        attention_bias=False,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_ids=(),
+        num_experts_per_tok=_TOP_K,
     )
 
 
@@ -104,8 +85,8 @@ def _layers(
         return 0.0
     attention = make_attention_dispatcher(groups, membership, rank, config, torch.bfloat16, _CPU)
     tokens = torch.randn(rows, hidden, dtype=torch.bfloat16)
-    ids = torch.stack([torch.randperm(_NUM_EXPERTS)[:6] for _ in range(rows)])
-    weights = torch.rand(rows, 6)
+    ids = torch.stack([torch.randperm(_NUM_EXPERTS)[:_TOP_K] for _ in range(rows)])
+    weights = torch.rand(rows, _TOP_K)
     for _ in range(_STEPS):
         headers.exchange(StepHeader(1, (rows,), ends=False))
         attention.begin_step(plan)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from model_shards.cut.disk import sync_directory
 from training.errors import WorkDirError
 
 CHECKPOINT_FILE = "checkpoint.pt"
@@ -70,7 +71,7 @@ def save_checkpoint(directory: Path, state: RunState, tensors: Tensors) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(target)
-    _sync_directory(directory)
+    sync_directory(directory)
 
 
 def load_checkpoint(directory: Path) -> tuple[RunState, Tensors] | None:
@@ -113,12 +114,3 @@ def read_history(directory: Path) -> list[HistoryRow]:
     """All rows of a work directory, oldest first. A kill may have torn the last one; it is left out."""
     lines = (directory / HISTORY_FILE).read_text().split("\n")[:-1]
     return [HistoryRow(**json.loads(line)) for line in lines]
-
-
-def _sync_directory(directory: Path) -> None:
-    """Makes a rename in it lasting."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,6 +9,7 @@ from io import FileIO
 from pathlib import Path
 
 from model_shards.errors import CapacityError, ConfigError
+from model_shards.weights.memory import size_text
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TEMPORARY = ".tmp"
@@ -78,8 +79,3 @@ def check_room(directory: Path, needed: int, what: str) -> None:
             f"{what} needs {size_text(needed)} on the disk of {directory}, which has {size_text(free)} free: "
             f"free {size_text(needed - free)}, or name a directory on another disk"
         )
-
-
-def size_text(count: int) -> str:
-    """Bytes for people."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

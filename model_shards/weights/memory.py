@@ -64,10 +64,13 @@ def _system_memory() -> int | None:
 def check_memory(needed_bytes: int, available_bytes: int, what: str) -> None:
     """Raises CapacityError with both numbers when `what` needs more than there is."""
     if needed_bytes > available_bytes:
-        raise CapacityError(f"{what} needs {_size(needed_bytes)} of memory and {_size(available_bytes)} is available")
+        raise CapacityError(
+            f"{what} needs {size_text(needed_bytes)} of memory and {size_text(available_bytes)} is available"
+        )
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Bytes for people."""
     return f"{count / _GIB:.2f} GiB" if count >= _GIB else f"{count / 2**20:.1f} MiB"
 
 
