@@ -8,7 +8,7 @@ from pathlib import Path
 from training.checkpoint import HistoryRow
 from training.corpus import Corpus
 from training.evaluate import Figures
-from training.questions import REFUSAL
+from training.outside import REFUSAL
 from training.recipe import Recipe
 
 CARD_FILE = "README.md"

@@ -18,7 +18,8 @@ from tokenizers import Tokenizer
 
 from training import questions, sources
 from training.batch import IGNORED, Batch
-from training.questions import Fact, WordLists
+from training.outside import WordLists, outside, word_lists
+from training.questions import Fact
 from training.tokenizer import BOS_ID, EOS_ID, answer_text, prompt_text
 
 _GLOSS_WORDS = (4, 24)
@@ -88,7 +89,7 @@ def read_corpus(work: Path) -> Corpus:
         for text, definition in glosses.items()
         if questions.is_held_out(text.partition(": ")[2]) and definition not in taught
     )
-    return Corpus(tuple(facts), questions.word_lists(senses, countries, sources.read_names(wordnet)), train, held_out)
+    return Corpus(tuple(facts), word_lists(senses, countries, sources.read_names(wordnet)), train, held_out)
 
 
 def tokenizer_texts(corpus: Corpus) -> list[str]:
@@ -169,7 +170,7 @@ def tuning_batches(corpus: Corpus, tokenizer: Tokenizer, size: int, seed: int) -
         draw = random.Random(f"{seed}/{group}")
         pairs = []
         for kind in draw.choices(kinds, weights, k=size * _SORTED_TOGETHER):
-            fact = questions.outside(corpus.words, draw) if kind == "outside" else draw.choice(by_kind[kind])
+            fact = outside(corpus.words, draw) if kind == "outside" else draw.choice(by_kind[kind])
             pairs.append((draw.choice(fact.phrasings), fact.answer))
         return sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
 

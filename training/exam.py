@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from training.corpus import Corpus
-from training.questions import EXAM_OUTSIDE
+from training.outside import EXAM_OUTSIDE
 
 _COUNTS = {
     "definition": 70,

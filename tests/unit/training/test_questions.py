@@ -8,9 +8,8 @@ import pytest
 
 from tests.demo_judge import Question, is_readable, is_right, overlap, read_exam
 from training.ngram import trigram_loss, unigram_loss
+from training.outside import EXAM_OUTSIDE, REFUSAL, WordLists, outside, word_lists
 from training.questions import (
-    REFUSAL,
-    WordLists,
     arithmetic,
     article,
     conversions,
@@ -18,9 +17,7 @@ from training.questions import (
     geography,
     is_held_out_difference,
     is_held_out_sum,
-    outside,
     talk,
-    word_lists,
 )
 from training.sources import Country, Sense, _split_gloss, read_countries, read_names
 
@@ -145,10 +142,19 @@ def test_questions_from_outside_are_refused_with_words_that_say_what_it_knows():
     assert not asked & taught
 
 
-def test_the_exam_has_200_different_questions_and_none_from_outside_is_made_by_a_template():
+def test_what_the_exam_asks_from_outside_is_never_drawn_though_a_template_would_make_it():
+    words = WordLists(("universe",), ("fly",), ("blue",), ("Peru",), ("Mozart",), ("quiver",))
+    asked = {outside(words, random.Random(seed)).phrasings[0] for seed in range(3000)}
+    assert "How old is Mozart?" in asked
+    assert "How old is the universe?" in EXAM_OUTSIDE
+    assert not asked & set(EXAM_OUTSIDE)
+
+
+def test_the_exam_has_200_different_questions_and_the_generalizing_ones_are_held_out():
     exam = read_exam()
     assert len({question.question for question in exam.taught}) == len(exam.taught) == 200
-    assert len({question.question for question in exam.outside}) == len(exam.outside) == 20
+    assert {question.question for question in exam.outside} == set(EXAM_OUTSIDE)
+    assert len(exam.outside) == len(EXAM_OUTSIDE) == 20
     assert "What is a whale?" in {question.question for question in exam.taught}
     for question in exam.taught:
         if question.kind in ("sum", "difference"):
