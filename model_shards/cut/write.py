@@ -17,7 +17,7 @@ from model_shards.weights.manifest import FileRecord
 from model_shards.weights.reading import TensorReader, open_weights
 
 # Of the source; with its float32 copy and what is computed of it, a few times as much is held.
-_BLOCK_BYTES = 4 * 2**20
+_BLOCK_BYTES = 2 * 2**20
 
 
 def write_planned(directory: Path, planned: PlannedFile, advance: Callable[[int], None]) -> FileRecord:
