@@ -44,6 +44,7 @@ class AttentionReplica:
         dtype = torch_dtype(spec)
         kv_cache_bytes = spec.limits.num_blocks * bytes_per_block(config, spec.limits.block_size, dtype)
         model = load_attention_model(directory, config, dtype, device, progress, kv_cache_bytes)
+        model.lay_out()
         cache = LatentKVCache(config, spec.limits.num_blocks, spec.limits.block_size, dtype, device)
         engine = Engine(config, model, cache, spec.limits)
         self._spec = spec

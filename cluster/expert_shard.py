@@ -37,6 +37,7 @@ class ExpertShard:
         self._config = load_model_config(directory)
         experts = spec.placement(self._config).shards[ep_rank]
         self._shard = load_expert_shard(directory, self._config, experts, self._dtype, self._device, progress)
+        self._shard.lay_out()
         self._ep_rank = ep_rank
         self._leave = LeaveFlag()
         self._rows_received = 0

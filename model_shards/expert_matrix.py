@@ -1,21 +1,40 @@
-"""One weight matrix of each of a layer's experts, plain or quantized, behind one interface.
+"""One weight matrix of each of a layer's experts, plain, quantized or laid out for the CPU, behind one interface.
 
-Shapes: E experts, O output and I input features, P rows.
+Shapes: E experts, O output and I input features, P rows that lie expert after expert.
 """
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model_shards.linear import frozen_parameter
+from model_shards.linear import frozen_parameter, release
+from model_shards.packing import (
+    Multiply,
+    PackedInt8,
+    Packing,
+    choose_packing,
+    has_int8_products,
+    quantize_activations,
+)
 from model_shards.quantization import SCALE_SUFFIX, Quantization
-from model_shards.quantized_linear import choose_product
 
 
-class ExpertMatrix(nn.Module):
-    """E matrices in the dtype of the activations."""
+class GroupedMatrix(ABC):
+    """E matrices, each multiplied by its own rows."""
+
+    @abstractmethod
+    def grouped(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """x W^T, [P, I] -> [P, O]: the first counts[0] rows by expert 0's matrix, and so on; P > 0.
+
+        In x's dtype or a wider one.
+        """
+
+
+class ExpertMatrix(GroupedMatrix, nn.Module):
+    """E matrices in the dtype of the activations, as they are loaded."""
 
     def __init__(
         self, num_experts: int, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device
@@ -23,17 +42,31 @@ class ExpertMatrix(nn.Module):
         super().__init__()
         self.weight = frozen_parameter((num_experts, out_features, in_features), dtype, device)  # [E, O, I]
 
-    def multiply(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        """x W^T of one expert, [P, I] -> [P, O]; `x` is contiguous."""
-        return F.linear(x, self.weight[expert])
+    def grouped(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """See `GroupedMatrix`."""
+        return _each(x, counts, lambda expert, rows: F.linear(rows, self.weight[expert]))
 
     def slices(self, expert: int, rows: slice) -> Iterator[tuple[str, torch.Tensor]]:
         """(what follows the published name, writable view) for these rows of one expert's matrix."""
         yield "", self.weight.data[expert, rows]
 
+    def release(self) -> None:
+        """Gives the memory of all parameters back: `laid_out` took what it needs of them."""
+        for parameter in self.parameters():
+            release(parameter)
+
+    def laid_out(self) -> GroupedMatrix:
+        """The same matrices as this machine multiplies them fastest: this one, or one that needs this no more."""
+        packing = choose_packing(self.weight.dtype, self.weight.device)
+        return self if packing is None else _PackedMatrix(self.weight.data, packing)
+
 
 class QuantizedExpertMatrix(ExpertMatrix):
-    """E matrices of one byte an element, and a scale for each of their rows; they are never held in a wider type."""
+    """E matrices of one byte an element, and a scale for each of their rows; they are never held in a wider type.
+
+    A matrix is widened to x's dtype for the call and the product scaled in float32: exact in what it reads (see
+    `model_shards.quantization`), on every device and dtype.
+    """
 
     def __init__(
         self,
@@ -46,16 +79,57 @@ class QuantizedExpertMatrix(ExpertMatrix):
     ) -> None:
         super().__init__(num_experts, in_features, out_features, quantization.dtype, device)
         self.scale_inv = frozen_parameter((num_experts, out_features), torch.float32, device)  # [E, O]
-        self._product = choose_product(quantization, dtype, device)
+        self._dtype = dtype
+        self._quantization = quantization
 
-    def multiply(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        """See `ExpertMatrix`."""
-        return self._product(x, self.weight[expert], self.scale_inv[expert])
+    def grouped(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """See `GroupedMatrix`."""
+        return _each(x, counts, self._widened)
 
     def slices(self, expert: int, rows: slice) -> Iterator[tuple[str, torch.Tensor]]:
         """See `ExpertMatrix`; the scales follow the weight."""
         yield from super().slices(expert, rows)
         yield SCALE_SUFFIX, self.scale_inv.data[expert, rows]
+
+    def laid_out(self) -> GroupedMatrix:
+        """See `ExpertMatrix`. Under float32 nothing is rounded that was not, so it stays as it lies."""
+        quick = self._quantization is Quantization.INT8 and has_int8_products(self.weight.device)
+        return (
+            _PackedInt8Matrix(self.weight.data, self.scale_inv.data)
+            if quick and self._dtype is torch.bfloat16
+            else self
+        )
+
+    def _widened(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
+        return F.linear(rows, self.weight[expert].to(rows.dtype)).float() * self.scale_inv[expert]
+
+
+class _PackedMatrix(GroupedMatrix):
+    def __init__(self, weight: torch.Tensor, packing: Packing) -> None:
+        self._operand = packing.operand
+        self._matrices: list[Multiply] = [packing.pack(matrix, None) for matrix in weight]
+
+    def grouped(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        return _each(x.to(self._operand), counts, lambda expert, rows: self._matrices[expert](rows))
+
+
+class _PackedInt8Matrix(GroupedMatrix):
+    def __init__(self, weight: torch.Tensor, scale_inv: torch.Tensor) -> None:
+        self._matrices = [PackedInt8(matrix, scale) for matrix, scale in zip(weight, scale_inv, strict=True)]
+
+    def grouped(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        quantized = quantize_activations(x)
+        product = _each(quantized.values, counts, lambda expert, rows: self._matrices[expert].multiply(rows))
+        return product.mul_(quantized.scale)
+
+
+def _each(
+    x: torch.Tensor, counts: Sequence[int], multiply: Callable[[int, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """`multiply` of every expert that has rows, one after another."""
+    experts = [expert for expert, count in enumerate(counts) if count]
+    parts = torch.split(x, [counts[expert] for expert in experts])
+    return torch.cat([multiply(expert, part) for expert, part in zip(experts, parts, strict=True)])
 
 
 def make_expert_matrix(

@@ -10,14 +10,14 @@ weights are read once, and come back to their place before they are summed:
     rows        . 1 0 1                expert 0 computes row 1, expert 1 computes rows 0 and 1
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from model_shards.config import ModelConfig
-from model_shards.expert_matrix import make_expert_matrix
+from model_shards.expert_matrix import GroupedMatrix, make_expert_matrix
 from model_shards.quantization import Quantization
 
 
@@ -37,11 +37,26 @@ class ExpertLayer(nn.Module):
         # [E, 2I, H] and [E, H, I]
         self.gate_up_proj = make_expert_matrix(num_experts, hidden, 2 * width, dtype, device, quantization)
         self.down_proj = make_expert_matrix(num_experts, width, hidden, dtype, device, quantization)
+        # Those that are multiplied by: a tuple, since what is laid out is no module.
+        self._matrices: tuple[GroupedMatrix, GroupedMatrix] = (self.gate_up_proj, self.down_proj)
 
-    def apply_expert(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
-        """SwiGLU of one local expert, [P, H] -> [P, H]."""
-        gate, up = self.gate_up_proj.multiply(expert, rows).chunk(2, dim=-1)
-        return self.down_proj.multiply(expert, F.silu(gate) * up)
+    def lay_out(self) -> None:
+        """Lays the matrices out for this device, once, after they were filled; the parameters may be gone then."""
+        loaded = (self.gate_up_proj, self.down_proj)
+        self._matrices = (loaded[0].laid_out(), loaded[1].laid_out())
+        for used, matrix in zip(self._matrices, loaded, strict=True):
+            if used is not matrix:
+                matrix.release()
+
+    def forward(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """SwiGLU of all experts, [P, H] -> [P, H] in rows' dtype or a wider one.
+
+        Rows lie expert after expert, counts[e] of them for expert e. Each matrix is one pass over all its experts:
+        what lies between the two products is then one call, however many experts have rows.
+        """
+        gate_up_proj, down_proj = self._matrices
+        gate, up = gate_up_proj.grouped(rows, counts).chunk(2, dim=-1)
+        return down_proj.grouped(F.silu(gate).mul_(up), counts)
 
 
 class ExpertShardModel(nn.Module):
@@ -72,7 +87,8 @@ class ExpertShardModel(nn.Module):
 
         Args:
             layer: index of the decoder layer; it must have routed experts.
-            hidden: [R, H]. local_ids: [R, K] int64, -1 for none. weights: [R, K] float32; ignored where the id is -1.
+            hidden: [R, H]. local_ids: [R, K] int32 or int64, -1 for none.
+            weights: [R, K] float32; ignored where the id is -1.
 
         Returns [R, H] in hidden's dtype, summed in float32 in the order of the slots, so equal input gives equal
         output whatever the device. R may be 0.
@@ -81,18 +97,22 @@ class ExpertShardModel(nn.Module):
         flat_ids = local_ids.flatten()  # [R * K]
         # Forced host sync: the sizes of the products depend on the routing.
         counts = torch.bincount(flat_ids + 1, minlength=len(self.experts) + 1).tolist()
+        if counts[0] == flat_ids.shape[0]:
+            return torch.zeros_like(hidden)
         by_expert = flat_ids.argsort(stable=True)[counts[0] :]  # [P] pairs that name an expert
         rows = hidden.index_select(0, by_expert // top_k)  # [P, H]
-        outputs = self._apply_experts(layer, rows, counts[1:])
-
-        slots = hidden.new_zeros((num_rows * top_k, hidden.shape[-1]))
-        slots.index_copy_(0, by_expert, outputs)
-        slots = slots.view(num_rows, top_k, hidden.shape[-1])  # [R, K, H]
-        weights = weights.masked_fill(local_ids < 0, 0.0)
-        total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        for slot in range(top_k):
-            total.addcmul_(slots[:, slot].float(), weights[:, slot, None])
+        outputs = self._layer(layer)(rows, counts[1:]).float()
+        # Pairs in the order of rows and slots, and where each one's output is: the pairs of a row are a bag.
+        pairs, places = by_expert.sort()
+        bags = torch.searchsorted(pairs, torch.arange(0, num_rows * top_k, top_k, device=pairs.device))  # [R]
+        pair_weights = weights.flatten().index_select(0, pairs)
+        total = F.embedding_bag(places, outputs, bags, mode="sum", per_sample_weights=pair_weights)
         return total.to(hidden.dtype)
+
+    def lay_out(self) -> None:
+        """Lays every matrix out for this device, once, after it was filled; `hf_slices` is of no use then."""
+        for layer in self.moe_layers:
+            self._layer(layer).lay_out()
 
     def hf_slices(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face tensor name, writable view) for every tensor of this shard; scales have their weight's name
@@ -110,17 +130,6 @@ class ExpertShardModel(nn.Module):
                 for name, matrix, rows in parts:
                     for suffix, view in matrix.slices(local, rows):
                         yield f"{prefix}.{name}.weight{suffix}", view
-
-    def _apply_experts(self, layer: int, rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """Rows [P, H] lie expert after expert, counts[e] of them for local expert e."""
-        weights = self._layer(layer)
-        outputs = torch.empty_like(rows)
-        start = 0
-        for expert, count in enumerate(counts):
-            if count:
-                outputs[start : start + count] = weights.apply_expert(expert, rows[start : start + count])
-            start += count
-        return outputs
 
     def _layer(self, layer: int) -> ExpertLayer:
         module = self.layers[self._index_of_layer[layer]]

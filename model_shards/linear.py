@@ -4,14 +4,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model_shards.packing import Multiply, choose_packing
+
 
 def frozen_parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
     """An uninitialised parameter without gradient, so that no operation on it records a graph."""
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
 
+def release(parameter: nn.Parameter) -> None:
+    """Gives the parameter's memory back; it has no elements afterwards."""
+    parameter.data = parameter.data.new_empty(0)
+
+
 class FrozenLinear(nn.Module):
-    """y = x W^T (+ b). W is [out_features, in_features] as Hugging Face stores it."""
+    """y = x W^T (+ b). W is [out_features, in_features] as Hugging Face stores it, until `lay_out`."""
 
     def __init__(
         self, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device, bias: bool = False
@@ -19,7 +26,27 @@ class FrozenLinear(nn.Module):
         super().__init__()
         self.weight = frozen_parameter((out_features, in_features), dtype, device)
         self.bias = frozen_parameter((out_features,), dtype, device) if bias else None
+        self._operand: torch.dtype | None = None
+        self._multiply: Multiply | None = None
+
+    def lay_out(self) -> None:
+        """Lays the matrix out for this device (model_shards.packing); once, after it was filled.
+
+        Where there is a layout, the parameters have no elements afterwards.
+        """
+        packing = choose_packing(self.weight.dtype, self.weight.device)
+        if packing is None:
+            return
+        self._operand = packing.operand
+        self._multiply = packing.pack(self.weight.data, None if self.bias is None else self.bias.data)
+        release(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] -> [..., out_features]."""
-        return F.linear(x, self.weight, self.bias)
+        """[..., in_features] -> [..., out_features], in x's dtype."""
+        return F.linear(x, self.weight, self.bias) if self._multiply is None else self.product(x).to(x.dtype)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """As `forward`, in the dtype that the product has anyway: not narrower than x's."""
+        if self._multiply is None:
+            return F.linear(x, self.weight, self.bias)
+        return self._multiply(x.to(self._operand))

@@ -18,5 +18,5 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, H] -> [T, H]."""
-        out: torch.Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
+        out: torch.Tensor = self.down_proj.product(F.silu(self.gate_proj.product(x)) * self.up_proj.product(x))
+        return out.to(x.dtype)

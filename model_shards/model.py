@@ -109,7 +109,16 @@ class AttentionModel(nn.Module):
         for name, parameter in self.named_parameters():
             yield name, parameter.data
 
+    def lay_out(self) -> None:
+        """Lays the matrices out for this device, once, after they were filled; `hf_slices` is of no use then."""
+        for name, module in self.named_modules():
+            # Attention takes W_UK and W_UV apart (model_shards/mla.py).
+            if isinstance(module, FrozenLinear) and not name.endswith("kv_b_proj"):
+                module.lay_out()
+
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, H] -> [R, V] float32."""
-        head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(self.model.norm(hidden), head).float()
+        normed = self.model.norm(hidden)
+        if self.lm_head is None:
+            return F.linear(normed, self.model.embed_tokens.weight).float()
+        return self.lm_head.product(normed).float()

@@ -27,22 +27,6 @@ class ExpertPlacement:
         """N."""
         return len(self.shards)
 
-    def shard_of(self) -> tuple[int, ...]:
-        """ep_rank of each logical expert."""
-        owner = [0] * self.num_logical
-        for ep_rank, experts in enumerate(self.shards):
-            for expert in experts:
-                owner[expert] = ep_rank
-        return tuple(owner)
-
-    def local_of(self) -> tuple[int, ...]:
-        """Local id of each logical expert on its shard."""
-        local = [0] * self.num_logical
-        for experts in self.shards:
-            for index, expert in enumerate(experts):
-                local[expert] = index
-        return tuple(local)
-
 
 def contiguous_placement(num_logical: int, num_shards: int) -> ExpertPlacement:
     """Cuts the experts into `num_shards` runs whose lengths differ by at most one.

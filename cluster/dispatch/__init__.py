@@ -4,7 +4,7 @@ import torch
 
 from cluster.dispatch.attention import LockstepAttentionDispatcher
 from cluster.dispatch.base import AttentionDispatcher, ExpertCompute, ExpertDispatcher, StepPlan
-from cluster.dispatch.expert import Fence, LockstepExpertDispatcher
+from cluster.dispatch.expert import LockstepExpertDispatcher, make_fence
 from cluster.dispatch.layout import RowShape
 from cluster.dispatch.local import LocalDispatcher
 from cluster.dispatch.transport import DirectTransport, Link, SharedTransport, StagedTransport, Transport
@@ -50,7 +50,7 @@ def make_expert_dispatcher(
     topology = membership.topology
     global_rank = topology.expert_global_rank(ep_rank)
     link = _link(groups, membership, global_rank, device)
-    fence = Fence(membership.epoch, device, topology.name(global_rank))
+    fence = make_fence(membership.epoch, device, topology.name(global_rank))
     return LockstepExpertDispatcher(link, topology, config.moe_layers, _row_shape(config, dtype), fence, device)
 
 

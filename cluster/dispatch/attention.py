@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from cluster.dispatch.base import StepPlan
-from cluster.dispatch.layout import DispatchSegment, RowPlan, RowShape, pack_rows, plan_rows, sum_rows
+from cluster.dispatch.layout import DispatchSegments, RowShape, local_id_table, pack_rows, sum_rows
 from cluster.dispatch.order import Direction, Exchange
 from cluster.dispatch.transport import BufferPool, Flight, Lane, Link
 from cluster.topology import Topology
@@ -20,32 +20,29 @@ from model_shards.routed import PendingCombine, RoutedExperts
 class _Slot:
     """Where one micro-batch lives during a step. Its rows of one layer are back before the next layer's leave."""
 
-    epoch: int
     num_tokens: int  # T of this rank
     dispatch: Lane
     combine: Lane
-    outgoing: tuple[DispatchSegment, ...]  # one per shard; empty when T = 0
-    returning: tuple[torch.Tensor, ...]  # one per shard, [T, H]
+    outgoing: DispatchSegments | None  # None when T = 0
+    returning: torch.Tensor | None  # [N, T, H]
 
 
 class ExpertTables:
-    """The placement as tensors, and the rows sent so far."""
+    """The placement as a tensor, and the rows sent so far."""
 
     def __init__(self, placement: ExpertPlacement, device: torch.device) -> None:
-        self._num_shards = placement.num_shards
-        self._shard_of = torch.tensor(placement.shard_of(), dtype=torch.int64, device=device)
-        self._local_of = torch.tensor(placement.local_of(), dtype=torch.int64, device=device)
+        self._local_ids = local_id_table(placement, device)
         self._rows_sent = torch.zeros(placement.num_shards, dtype=torch.int64, device=device)
 
-    def plan(self, topk_ids: torch.Tensor) -> RowPlan:
-        """Rows of `topk_ids` [T, K]; counts them as sent."""
-        rows = plan_rows(topk_ids, self._shard_of, self._local_of, self._num_shards)
-        self._rows_sent += rows.counts
-        return rows
+    def pack(
+        self, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, segments: DispatchSegments
+    ) -> None:
+        """See `pack_rows`; counts the rows as sent."""
+        self._rows_sent += pack_rows(self._local_ids, hidden, topk_ids, topk_weights, segments)
 
     @property
     def rows_sent(self) -> tuple[int, ...]:
-        """Rows per shard. Reads device memory: the host waits, only when asked."""
+        """Rows with an expert on each shard. Reads device memory: the host waits, only when asked."""
         return tuple(int(count) for count in self._rows_sent.tolist())
 
 
@@ -93,20 +90,17 @@ class LockstepAttentionDispatcher:
         back_bytes = self._shape.combine_bytes(num_tokens)
         out = self._pool.take(f"dispatch {micro_batch}", num_shards * out_bytes)
         back = self._pool.take(f"combine {micro_batch}", num_shards * back_bytes)
-        shards = range(num_shards) if num_tokens else range(0)
+        outgoing = returning = None
+        if num_tokens:
+            outgoing = self._shape.dispatch_segments(out, num_tokens, num_shards)
+            outgoing.header[:, 0] = plan.epoch
+            returning = self._shape.combine_segments(back, num_tokens, num_shards)
         return _Slot(
-            epoch=plan.epoch,
             num_tokens=num_tokens,
             dispatch=Lane(out, empty, none_to_attention + [out_bytes] * num_shards, nothing),
             combine=Lane(empty, back, nothing, none_to_attention + [back_bytes] * num_shards),
-            outgoing=tuple(
-                self._shape.dispatch_segment(out[shard * out_bytes : (shard + 1) * out_bytes], num_tokens)
-                for shard in shards
-            ),
-            returning=tuple(
-                self._shape.combine_segment(back[shard * back_bytes : (shard + 1) * back_bytes], num_tokens)
-                for shard in shards
-            ),
+            outgoing=outgoing,
+            returning=returning,
         )
 
 
@@ -125,34 +119,28 @@ class _Routed:
         """See `RoutedExperts`."""
         slot = self._slot
         assert hidden.shape[0] == slot.num_tokens, "the micro-batch differs from the plan of the step"
-        rows = None
-        if slot.num_tokens:
-            rows = self._tables.plan(topk_ids)
-            pack_rows(rows, slot.epoch, hidden, topk_weights, slot.outgoing)
+        if slot.outgoing is not None:
+            self._tables.pack(hidden, topk_ids, topk_weights, slot.outgoing)
         flight = self._link.post(Exchange(Direction.DISPATCH, layer, self._micro_batch), slot.dispatch)
-        return _Away(self._link, Exchange(Direction.COMBINE, layer, self._micro_batch), slot, flight, rows, hidden)
+        return _Away(self._link, Exchange(Direction.COMBINE, layer, self._micro_batch), slot, flight, hidden)
 
 
 class _Away:
     """`PendingCombine` of one layer and micro-batch."""
 
-    def __init__(
-        self, link: Link, combine: Exchange, slot: _Slot, dispatched: Flight, rows: RowPlan | None, hidden: torch.Tensor
-    ) -> None:
+    def __init__(self, link: Link, combine: Exchange, slot: _Slot, dispatched: Flight, hidden: torch.Tensor) -> None:
         self._link = link
         self._combine = combine
         self._slot = slot
         self._dispatched = dispatched
-        self._rows = rows
         self._hidden = hidden
 
     def wait(self) -> torch.Tensor:
         """See `PendingCombine`. Posts the combine here, not earlier: that is its place in the order."""
         self._dispatched.wait()
         self._link.post(self._combine, self._slot.combine).wait()
-        if self._rows is None:
-            return torch.empty_like(self._hidden)
-        return sum_rows(self._rows, self._slot.returning)
+        returning = self._slot.returning
+        return torch.empty_like(self._hidden) if returning is None else sum_rows(returning)
 
 
 class NothingRouted:

@@ -43,7 +43,7 @@ class AttentionDispatcher(Protocol):
 
     @property
     def rows_sent(self) -> tuple[int, ...]:
-        """Rows sent to each expert shard in this epoch."""
+        """Rows with an expert on each shard that were sent in this epoch."""
         ...
 
 
@@ -54,7 +54,7 @@ class ExpertCompute(Protocol):
         self,
         layer: int,
         hidden: torch.Tensor,  # [R, H]
-        local_ids: torch.Tensor,  # [R, K] int64, -1: no expert of this shard
+        local_ids: torch.Tensor,  # [R, K] int32, -1: no expert of this shard
         weights: torch.Tensor,  # [R, K] float32
         /,
     ) -> torch.Tensor:
@@ -71,5 +71,5 @@ class ExpertDispatcher(Protocol):
 
     @property
     def rows_received(self) -> int:
-        """Rows received in this epoch; a step counts once it is over."""
+        """Rows with an expert here that came in this epoch; a step counts once it is over."""
         ...

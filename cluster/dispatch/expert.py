@@ -4,6 +4,7 @@ Shapes: A attention ranks with tokens, T_a tokens of rank a, R = sum of T_a, K e
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -19,7 +20,7 @@ class RowBatch:
     """The segments of one micro-batch, and their rows laid end to end for the shard.
 
     incoming   [ T_0 rows of A0 | T_2 rows of A2 | ... ]   ranks without tokens have no segment
-    hidden     [ R rows, in the same order             ]   unused rows have local ids -1 throughout
+    hidden     [ R rows, in the same order             ]   one segment alone is read where it lies
     outgoing   [ T_0 sums       | T_2 sums       | ... ]
     """
 
@@ -30,69 +31,102 @@ class RowBatch:
         pool: BufferPool,
         name: str,
     ) -> None:
-        sizes = [segment.hidden.shape[0] for segment in incoming]
-        num_rows, hidden_size, top_k = sum(sizes), incoming[0].hidden.shape[1], incoming[0].local_ids.shape[1]
-        dtype = incoming[0].hidden.dtype
         self._incoming = incoming
         self._outgoing = outgoing
-        self._sizes = sizes
-        hidden = pool.take(f"{name} hidden", num_rows * hidden_size * dtype.itemsize)
-        local_ids = pool.take(f"{name} local ids", num_rows * top_k * 8)
-        weights = pool.take(f"{name} weights", num_rows * top_k * 4)
-        self._hidden = hidden.view(dtype).view(num_rows, hidden_size)  # [R, H]
-        self._local_ids = local_ids.view(torch.int64).view(num_rows, top_k)  # [R, K]
-        self._weights = weights.view(torch.float32).view(num_rows, top_k)  # [R, K]
+        self._sizes = [segment.hidden.shape[0] for segment in incoming]
+        self._joined = incoming[0] if len(incoming) == 1 else _room_for(incoming, sum(self._sizes), pool, name)
 
-    def headers(self) -> torch.Tensor:
-        """Epoch and row count of each segment: [A, 2] int64."""
-        return torch.stack([segment.header for segment in self._incoming])
+    def headers(self) -> tuple[torch.Tensor, ...]:
+        """Epoch and row count of each segment, each [2] int64."""
+        return tuple(segment.header for segment in self._incoming)
 
     def compute(self, layer: int, shard: ExpertCompute) -> None:
         """Fills the outgoing segments from the incoming ones."""
-        parts = zip(
-            self._incoming,
-            torch.split(self._hidden, self._sizes),
-            torch.split(self._local_ids, self._sizes),
-            torch.split(self._weights, self._sizes),
-            strict=True,
-        )
-        for segment, hidden, local_ids, weights in parts:
-            hidden.copy_(segment.hidden)
-            local_ids.copy_(segment.local_ids)
-            weights.copy_(segment.weights)
-        sums = shard.forward(layer, self._hidden, self._local_ids, self._weights)
+        rows = self._joined
+        if len(self._incoming) > 1:
+            torch.cat([segment.hidden for segment in self._incoming], out=rows.hidden)
+            torch.cat([segment.local_ids for segment in self._incoming], out=rows.local_ids)
+            torch.cat([segment.weights for segment in self._incoming], out=rows.weights)
+        sums = shard.forward(layer, rows.hidden, rows.local_ids, rows.weights)
         for outgoing, part in zip(self._outgoing, torch.split(sums, self._sizes), strict=True):
             outgoing.copy_(part)
 
 
-class Fence:
-    """Counts rows and refuses those of another epoch.
+def _room_for(incoming: tuple[DispatchSegment, ...], num_rows: int, pool: BufferPool, name: str) -> DispatchSegment:
+    """Buffers for the rows of all segments; their header is not used."""
+    hidden_size, top_k = incoming[0].hidden.shape[1], incoming[0].local_ids.shape[1]
+    dtype = incoming[0].hidden.dtype
+    hidden = pool.take(f"{name} hidden", num_rows * hidden_size * dtype.itemsize)
+    local_ids = pool.take(f"{name} local ids", num_rows * top_k * 4)
+    weights = pool.take(f"{name} weights", num_rows * top_k * 4)
+    return DispatchSegment(
+        header=incoming[0].header,
+        hidden=hidden.view(dtype).view(num_rows, hidden_size),
+        local_ids=local_ids.view(torch.int32).view(num_rows, top_k),
+        weights=weights.view(torch.float32).view(num_rows, top_k),
+    )
 
-    On CPU a stranger is refused before it is computed. On CUDA the tally stays on the device, so that no layer makes
-    the host wait, and is read once at the end of the step; what a stranger got back by then is its own rows' sums.
-    """
+
+class Fence(Protocol):
+    """Counts rows and refuses those of another epoch."""
+
+    def admit(self, headers: tuple[torch.Tensor, ...]) -> None:
+        """Tallies headers, each [2] int64. May raise EpochAbortedError."""
+        ...
+
+    def settle(self) -> int:
+        """Rows admitted so far. Raises EpochAbortedError on a stranger."""
+        ...
+
+
+class HostFence:
+    """On CPU: a stranger is refused before it is computed."""
+
+    def __init__(self, epoch: int, rank_name: str) -> None:
+        self._epoch = epoch
+        self._rank_name = rank_name
+        self._rows = 0
+
+    def admit(self, headers: tuple[torch.Tensor, ...]) -> None:
+        """See `Fence`."""
+        found: list[list[int]] = [header.tolist() for header in headers]
+        _refuse(sum(epoch != self._epoch for epoch, _ in found), self._epoch, self._rank_name)
+        self._rows += sum(count for _, count in found)
+
+    def settle(self) -> int:
+        """See `Fence`."""
+        return self._rows
+
+
+class DeviceFence:
+    """On CUDA: the tally stays on the device, so that no layer makes the host wait, and is read once at the end of the
+    step; what a stranger got back by then is its own rows' sums."""
 
     def __init__(self, epoch: int, device: torch.device, rank_name: str) -> None:
         self._epoch = epoch
-        self._eager = device.type == "cpu"
         self._rank_name = rank_name
         self._tally = torch.zeros(2, dtype=torch.int64, device=device)  # rows, segments of another epoch
 
-    def admit(self, headers: torch.Tensor) -> None:
-        """Tallies `headers` [A, 2]. May raise EpochAbortedError."""
-        strangers = headers[:, 0] != self._epoch
-        self._tally += torch.stack([headers[:, 1].sum(), strangers.sum()])
-        if self._eager:
-            self.settle()
+    def admit(self, headers: tuple[torch.Tensor, ...]) -> None:
+        """See `Fence`."""
+        found = torch.stack(headers)  # [A, 2]
+        self._tally += torch.stack([found[:, 1].sum(), (found[:, 0] != self._epoch).sum()])
 
     def settle(self) -> int:
-        """Rows admitted so far; the host waits for the device. Raises EpochAbortedError on a stranger."""
+        """See `Fence`; the host waits for the device."""
         rows, strangers = self._tally.tolist()
-        if strangers:
-            raise EpochAbortedError(
-                f"rank {self._rank_name} received {strangers} segments of another epoch than {self._epoch}"
-            )
+        _refuse(strangers, self._epoch, self._rank_name)
         return int(rows)
+
+
+def make_fence(epoch: int, device: torch.device, rank_name: str) -> Fence:
+    """The fence for segments on `device`."""
+    return HostFence(epoch, rank_name) if device.type == "cpu" else DeviceFence(epoch, device, rank_name)
+
+
+def _refuse(strangers: int, epoch: int, rank_name: str) -> None:
+    if strangers:
+        raise EpochAbortedError(f"rank {rank_name} received {strangers} segments of another epoch than {epoch}")
 
 
 @dataclass(frozen=True)

@@ -2,38 +2,39 @@
 
 Shapes: T tokens of one rank's micro-batch, N expert shards, K experts per token, H hidden size, S bytes of a segment.
 
-A row is one (token, shard): it goes to a shard once, however many of its K experts stand there, and one sum comes
-back. What one attention rank exchanges with one shard is a segment. It has room for all T tokens, so it cannot
-overflow, and its size follows from T alone: no counts are exchanged.
+A row is one (token, shard): a token goes to a shard once, however many of its K experts stand there, and one sum
+comes back. What one attention rank exchanges with one shard is a segment. Row t of every segment is token t, so nothing
+is sorted, and a segment's size follows from T alone: no counts are exchanged, and it cannot overflow.
 
-    dispatch segment          offset                       rows 0 .. count-1 are real, ascending in the token index
+    dispatch segment          offset
     +---------------------+   0
-    | epoch, count        |   2 x int64
+    | epoch, count        |   2 x int64                      rows with an expert on this shard
     +---------------------+   16
-    | hidden    [T, H]    |   dtype of the model           rows from count on repeat the last token
+    | hidden    [T, H]    |   dtype of the model
     +---------------------+   aligned to 16
-    | local ids [T, K]    |   int32                        -1: not on this shard; all -1 from row count on
+    | local ids [T, K]    |   int32                          -1: not on this shard
     +---------------------+   aligned to 16
-    | weights   [T, K]    |   float32
+    | weights   [T, K]    |   float32                        without meaning where the id is -1
     +---------------------+   aligned to 16: S
 
-    combine segment: hidden [T, H], the sums in the order of the rows received; padded to 16.
+    combine segment: the sums [T, H], zeros for a token without an expert on the shard; padded to 16.
 
-With T = 0 a segment has 0 bytes. An attention rank sends N segments of one size, one after another; a shard
-receives one from each attention rank that has tokens.
+With T = 0 a segment has 0 bytes. An attention rank sends N segments of one size, one after another, and writes each
+part of all of them in one call; a shard receives one from each attention rank that has tokens.
 
 Worked example: T = 3, shard 0 holds experts {0, 1}, shard 1 holds {2, 3}, topk_ids = [[0, 1], [2, 0], [3, 2]]
 
-    rows   [[0, 1, 3],      shard 0: tokens 0 and 1; 3 = T marks an unused row
-            [1, 2, 3]]      shard 1: tokens 1 and 2
-    counts  [2, 2]
-    local ids of shard 0  [[0, 1], [-1, 0], [-1, -1]]
-    local ids of shard 1  [[0, -1], [1, 0], [-1, -1]]
+    table  [[0, 1, -1, -1],       local id of each expert on shard 0
+            [-1, -1, 0, 1]]       and on shard 1
+    local ids of shard 0  [[0, 1], [-1, 0], [-1, -1]]     count 2
+    local ids of shard 1  [[-1, -1], [0, -1], [1, 0]]     count 2
 """
 
 from dataclasses import dataclass
 
 import torch
+
+from model_shards.placement import ExpertPlacement
 
 _ALIGNMENT = 16
 _HEADER_BYTES = 16
@@ -62,23 +63,33 @@ class RowShape:
         return self._ids_offset(num_tokens) + _aligned(4 * num_tokens * self.top_k)
 
     def dispatch_segment(self, segment: torch.Tensor, num_tokens: int) -> "DispatchSegment":
-        """Views into one dispatch segment: uint8 [S]."""
+        """Views into one dispatch segment: uint8 [S], T > 0."""
+        parts = self.dispatch_segments(segment, num_tokens, 1)
+        return DispatchSegment(parts.header[0], parts.hidden[0], parts.local_ids[0], parts.weights[0])
+
+    def combine_segment(self, segment: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """View of the sums in one combine segment: [T, H]."""
+        return self.combine_segments(segment, num_tokens, 1)[0]
+
+    def dispatch_segments(self, lane: torch.Tensor, num_tokens: int, count: int) -> "DispatchSegments":
+        """Views into `count` dispatch segments that lie one after another: uint8 [count * S], T > 0."""
+        segments = lane.view(count, -1)
         header_end = _HEADER_BYTES
         hidden_end = header_end + num_tokens * self.hidden_size * self.dtype.itemsize
         ids = self._ids_offset(num_tokens)
         weights = self._weights_offset(num_tokens)
         pairs = 4 * num_tokens * self.top_k
-        return DispatchSegment(
-            header=segment[:header_end].view(torch.int64),
-            hidden=segment[header_end:hidden_end].view(self.dtype).view(num_tokens, self.hidden_size),
-            local_ids=segment[ids : ids + pairs].view(torch.int32).view(num_tokens, self.top_k),
-            weights=segment[weights : weights + pairs].view(torch.float32).view(num_tokens, self.top_k),
+        return DispatchSegments(
+            header=segments[:, :header_end].view(torch.int64),
+            hidden=_as_rows(segments[:, header_end:hidden_end].view(self.dtype), num_tokens),
+            local_ids=_as_rows(segments[:, ids : ids + pairs].view(torch.int32), num_tokens),
+            weights=_as_rows(segments[:, weights : weights + pairs].view(torch.float32), num_tokens),
         )
 
-    def combine_segment(self, segment: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """View of the sums in one combine segment: [T, H]."""
+    def combine_segments(self, lane: torch.Tensor, num_tokens: int, count: int) -> torch.Tensor:
+        """View of the sums in `count` combine segments that lie one after another: [count, T, H]."""
         size = num_tokens * self.hidden_size * self.dtype.itemsize
-        return segment[:size].view(self.dtype).view(num_tokens, self.hidden_size)
+        return _as_rows(lane.view(count, -1)[:, :size].view(self.dtype), num_tokens)
 
 
 @dataclass(frozen=True)
@@ -92,61 +103,53 @@ class DispatchSegment:
 
 
 @dataclass(frozen=True)
-class RowPlan:
-    """Which tokens go to which shard."""
+class DispatchSegments:
+    """Views into the bytes of the segments for all N shards."""
 
-    rows: torch.Tensor  # [N, T] int64: token of each row, ascending; T marks an unused row
-    counts: torch.Tensor  # [N] int64: rows in use
-    local_ids: torch.Tensor  # [N, T, K] int32: local ids of each row on its shard, -1 elsewhere
+    header: torch.Tensor  # [N, 2] int64: epoch, count
+    hidden: torch.Tensor  # [N, T, H]
+    local_ids: torch.Tensor  # [N, T, K] int32
+    weights: torch.Tensor  # [N, T, K] float32
 
 
-def plan_rows(topk_ids: torch.Tensor, shard_of: torch.Tensor, local_of: torch.Tensor, num_shards: int) -> RowPlan:
-    """Plans the rows of `topk_ids` [T, K]; `shard_of` and `local_of` are [num_experts] int64 on the same device.
-
-    Every shape follows from T, K and N, so nothing here makes the host wait for a GPU.
-    """
-    num_tokens = topk_ids.shape[0]
-    shard = shard_of[topk_ids]  # [T, K]
-    here = shard == torch.arange(num_shards, device=topk_ids.device)[:, None, None]  # [N, T, K]
-    wanted = here.any(dim=-1)  # [N, T]
-    position = wanted.cumsum(dim=-1) - 1  # [N, T] row of each wanted token
-    # Tokens not wanted write to a column of their own, cut off below.
-    target = torch.where(wanted, position, num_tokens)
-    rows = torch.full((num_shards, num_tokens + 1), num_tokens, dtype=torch.int64, device=topk_ids.device)
-    tokens = torch.arange(num_tokens, device=topk_ids.device).expand(num_shards, num_tokens)
-    rows = rows.scatter_(1, target, tokens)[:, :num_tokens]
-    # One more token, without experts, for the unused rows to point at.
-    local = torch.where(here, local_of[topk_ids], -1)  # [N, T, K]
-    local = torch.nn.functional.pad(local, (0, 0, 0, 1), value=-1)  # [N, T + 1, K]
-    by_row = local.gather(1, rows[:, :, None].expand(-1, -1, topk_ids.shape[1]))
-    return RowPlan(rows, wanted.sum(dim=-1), by_row.to(torch.int32))
+def local_id_table(placement: ExpertPlacement, device: torch.device) -> torch.Tensor:
+    """[N, num_logical] int32: the local id of each expert on each shard, -1 where it does not stand."""
+    table = torch.full((placement.num_shards, placement.num_logical), -1, dtype=torch.int32)
+    for shard, experts in enumerate(placement.shards):
+        table[shard, list(experts)] = torch.arange(len(experts), dtype=torch.int32)
+    return table.to(device)
 
 
 def pack_rows(
-    plan: RowPlan, epoch: int, hidden: torch.Tensor, weights: torch.Tensor, segments: tuple[DispatchSegment, ...]
-) -> None:
-    """Writes the N dispatch segments of `hidden` [T, H] and `weights` [T, K] float32; T > 0."""
-    # Unused rows repeat the last token: never uninitialised memory, which may hold NaN.
-    sources = plan.rows.clamp(max=hidden.shape[0] - 1)
-    for shard, segment in enumerate(segments):
-        segment.header[0] = epoch
-        segment.header[1] = plan.counts[shard]
-        torch.index_select(hidden, 0, sources[shard], out=segment.hidden)
-        torch.index_select(weights, 0, sources[shard], out=segment.weights)
-        segment.local_ids.copy_(plan.local_ids[shard])
+    table: torch.Tensor, hidden: torch.Tensor, topk_ids: torch.Tensor, weights: torch.Tensor, segments: DispatchSegments
+) -> torch.Tensor:
+    """Writes all of the segments but their epoch; T > 0. Returns the rows with an expert on each shard: [N] int64.
 
+    Args:
+        table: see `local_id_table`. hidden: [T, H]. topk_ids: [T, K] int64. weights: [T, K] float32.
 
-def sum_rows(plan: RowPlan, segments: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Adds the N combine segments, each [T, H], back at their tokens: [T, H] in their dtype.
-
-    The sum over shards is taken in float32, in the order of ep_rank, so it is the same in every run.
+    Every shape follows from T, K and N, so nothing here makes the host wait for a GPU.
     """
-    num_tokens, hidden_size = segments[0].shape
-    # Row T takes what comes back for unused rows.
-    total = torch.zeros(num_tokens + 1, hidden_size, dtype=torch.float32, device=segments[0].device)
-    for shard, segment in enumerate(segments):
-        total.index_add_(0, plan.rows[shard], segment.float())
-    return total[:num_tokens].to(segments[0].dtype)
+    local_ids = table.index_select(1, topk_ids.flatten()).view_as(segments.local_ids)  # [N, T, K]
+    counts = (local_ids >= 0).any(dim=-1).sum(dim=-1)
+    segments.header[:, 1] = counts
+    segments.hidden.copy_(hidden)
+    segments.local_ids.copy_(local_ids)
+    segments.weights.copy_(weights)
+    return counts
+
+
+def sum_rows(returned: torch.Tensor) -> torch.Tensor:
+    """Adds up what the shards returned, [N, T, H] -> [T, H] in its dtype: a new tensor.
+
+    The sum is taken in float32 and its order depends on N alone, so it is the same in every run.
+    """
+    return returned.sum(dim=0, dtype=torch.float32).to(returned.dtype)
+
+
+def _as_rows(part: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """[N, num_rows * C] -> [N, num_rows, C], without a copy."""
+    return part.view(part.shape[0], num_rows, part.shape[1] // num_rows)
 
 
 def _aligned(size: int) -> int:

@@ -7,7 +7,7 @@ import torch
 from cluster.dispatch.attention import Back, ExpertTables, NothingRouted
 from cluster.dispatch.base import ExpertCompute, StepPlan
 from cluster.dispatch.expert import RowBatch
-from cluster.dispatch.layout import RowShape, pack_rows, sum_rows
+from cluster.dispatch.layout import RowShape, sum_rows
 from cluster.dispatch.transport import BufferPool
 from model_shards.placement import ExpertPlacement
 from model_shards.routed import PendingCombine, RoutedExperts
@@ -53,14 +53,16 @@ class _LocalRouted:
     ) -> PendingCombine:
         """See `RoutedExperts`; computes at once."""
         num_tokens = hidden.shape[0]
-        rows = self._tables.plan(topk_ids)
         shape = RowShape(hidden.shape[1], topk_ids.shape[1], hidden.dtype)
         count = len(self._shards)
-        out = self._pool.take("dispatch", count * shape.dispatch_bytes(num_tokens)).chunk(count)
-        back = self._pool.take("combine", count * shape.combine_bytes(num_tokens)).chunk(count)
-        outgoing = tuple(shape.dispatch_segment(segment, num_tokens) for segment in out)
-        returning = tuple(shape.combine_segment(segment, num_tokens) for segment in back)
-        pack_rows(rows, self._epoch, hidden, topk_weights, outgoing)
-        for shard, sent, sums in zip(self._shards, outgoing, returning, strict=True):
-            RowBatch((sent,), (sums,), self._pool, "batch").compute(layer, shard)
-        return Back(sum_rows(rows, returning))
+        if not num_tokens:
+            return Back(torch.empty_like(hidden))
+        out = self._pool.take("dispatch", count * shape.dispatch_bytes(num_tokens))
+        back = self._pool.take("combine", count * shape.combine_bytes(num_tokens))
+        outgoing = shape.dispatch_segments(out, num_tokens, count)
+        outgoing.header[:, 0] = self._epoch
+        self._tables.pack(hidden, topk_ids, topk_weights, outgoing)
+        for shard, sent, sums in zip(self._shards, out.chunk(count), back.chunk(count), strict=True):
+            segment = shape.dispatch_segment(sent, num_tokens)
+            RowBatch((segment,), (shape.combine_segment(sums, num_tokens),), self._pool, "batch").compute(layer, shard)
+        return Back(sum_rows(shape.combine_segments(back, num_tokens, count)))

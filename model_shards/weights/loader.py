@@ -4,6 +4,7 @@ Of a cut checkpoint (`shoal shard`) every tensor is checked against its sum befo
 
 Files are read, not mapped: pages of a mapping count as the process's memory for as long as a tensor looks at them, and
 a rank would seem to hold every file it touched. So the peak is the slice plus the largest tensor, as stored.
+Whoever loads calls `lay_out` next: matrix by matrix, so that the peak is then the slice and the experts of one layer.
 """
 
 from collections.abc import Callable, Iterable

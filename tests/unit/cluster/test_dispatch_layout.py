@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.dispatch.base import StepPlan
-from cluster.dispatch.expert import Fence
-from cluster.dispatch.layout import RowShape, pack_rows, plan_rows, sum_rows
+from cluster.dispatch.expert import DeviceFence, Fence, HostFence
+from cluster.dispatch.layout import DispatchSegments, RowShape, local_id_table, pack_rows, sum_rows
 from cluster.dispatch.local import LocalDispatcher
 from model_shards.errors import EpochAbortedError
 from model_shards.placement import ExpertPlacement, contiguous_placement
@@ -21,12 +21,20 @@ from tests.dispatch_cell import FakeShard, slow_moe
 CPU = torch.device("cpu")
 
 
-def tables(placement: ExpertPlacement) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.tensor(placement.shard_of()), torch.tensor(placement.local_of())
+def packed(
+    placement: ExpertPlacement, topk_ids: torch.Tensor, hidden: torch.Tensor, weights: torch.Tensor
+) -> tuple[DispatchSegments, torch.Tensor]:
+    """The segments for all shards, and the counts; they lie in memory in which every float is NaN."""
+    shape = RowShape(hidden.shape[1], topk_ids.shape[1], hidden.dtype)
+    num_tokens, num_shards = hidden.shape[0], placement.num_shards
+    memory = torch.full((num_shards * shape.dispatch_bytes(num_tokens),), 255, dtype=torch.uint8)
+    segments = shape.dispatch_segments(memory, num_tokens, num_shards)
+    counts = pack_rows(local_id_table(placement, CPU), hidden, topk_ids, weights, segments)
+    return segments, counts
 
 
 @st.composite
-def routings(draw):
+def routings(draw, fewest_tokens=0):
     """A placement and a routing; skewed ones included: all tokens to few experts, shards without a token."""
     num_experts = draw(st.integers(1, 12))
     order = draw(st.permutations(range(num_experts)))
@@ -36,7 +44,7 @@ def routings(draw):
     top_k = draw(st.integers(1, min(4, num_experts)))
     allowed = draw(st.lists(st.integers(0, num_experts - 1), min_size=top_k, max_size=num_experts, unique=True))
     rows = st.permutations(allowed).map(lambda ids: ids[:top_k])
-    ids = draw(st.lists(rows, max_size=9))
+    ids = draw(st.lists(rows, min_size=fewest_tokens, max_size=9))
     topk_ids = torch.tensor(ids, dtype=torch.int64).reshape(len(ids), top_k)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     hidden = torch.randn(len(ids), draw(st.integers(1, 7)), generator=generator)
@@ -44,20 +52,18 @@ def routings(draw):
     return placement, topk_ids, hidden, weights
 
 
-@given(routings())
+@given(routings(1))
 @settings(deadline=None, max_examples=150)
-def test_each_token_goes_once_to_each_shard_that_holds_one_of_its_experts(routing):
-    placement, topk_ids, _, _ = routing
-    plan = plan_rows(topk_ids, *tables(placement), placement.num_shards)
-    num_tokens = topk_ids.shape[0]
+def test_a_shard_is_told_which_of_its_experts_each_token_visits(routing):
+    placement, topk_ids, hidden, weights = routing
+    segments, counts = packed(placement, topk_ids, hidden, weights)
     for shard, experts in enumerate(placement.shards):
-        wanted = [t for t, ids in enumerate(topk_ids.tolist()) if set(ids) & set(experts)]
-        assert plan.rows[shard].tolist() == wanted + [num_tokens] * (num_tokens - len(wanted))
-        assert int(plan.counts[shard]) == len(wanted)
-        for row, token in enumerate(plan.rows[shard].tolist()):
-            ids = topk_ids[token].tolist() if token < num_tokens else []
-            expected = [experts.index(e) if e in experts else -1 for e in ids] or [-1] * topk_ids.shape[1]
-            assert plan.local_ids[shard, row].tolist() == expected
+        expected = [[experts.index(e) if e in experts else -1 for e in ids] for ids in topk_ids.tolist()]
+        assert segments.local_ids[shard].tolist() == expected
+        assert int(counts[shard]) == sum(bool(set(ids) & set(experts)) for ids in topk_ids.tolist())
+        assert int(segments.header[shard, 1]) == int(counts[shard])
+        assert torch.equal(segments.hidden[shard], hidden)
+        assert torch.equal(segments.weights[shard], weights)
 
 
 @given(routings(), st.sampled_from([torch.float32, torch.bfloat16]))
@@ -77,10 +83,11 @@ def test_dispatch_then_combine_equals_a_loop_over_tokens_and_experts(routing, dt
 
 def test_the_worked_example_of_the_layout_page():
     placement = ExpertPlacement(4, ((0, 1), (2, 3)))
-    plan = plan_rows(torch.tensor([[0, 1], [2, 0], [3, 2]]), *tables(placement), 2)
-    assert plan.rows.tolist() == [[0, 1, 3], [1, 2, 3]]
-    assert plan.counts.tolist() == [2, 2]
-    assert plan.local_ids.tolist() == [[[0, 1], [-1, 0], [-1, -1]], [[0, -1], [1, 0], [-1, -1]]]
+    assert local_id_table(placement, CPU).tolist() == [[0, 1, -1, -1], [-1, -1, 0, 1]]
+    topk_ids = torch.tensor([[0, 1], [2, 0], [3, 2]])
+    segments, counts = packed(placement, topk_ids, torch.ones(3, 2), torch.ones(3, 2))
+    assert segments.local_ids.tolist() == [[[0, 1], [-1, 0], [-1, -1]], [[-1, -1], [0, -1], [1, 0]]]
+    assert counts.tolist() == [2, 2]
 
 
 def test_segments_are_aligned_and_their_parts_do_not_overlap():
@@ -105,23 +112,36 @@ def test_a_rank_without_tokens_has_segments_of_no_bytes():
     assert (shape.dispatch_bytes(0), shape.combine_bytes(0)) == (0, 0)
 
 
-def test_unused_rows_carry_no_expert_and_finite_values():
-    placement = contiguous_placement(4, 2)
-    shape = RowShape(hidden_size=2, top_k=1, dtype=torch.float32)
-    memory = torch.full((2, shape.dispatch_bytes(3)), 255, dtype=torch.uint8)  # every float in it is NaN
-    segments = tuple(shape.dispatch_segment(memory[shard], 3) for shard in range(2))
-    plan = plan_rows(torch.tensor([[0], [0], [1]]), *tables(placement), 2)
-    pack_rows(plan, 7, torch.ones(3, 2), torch.ones(3, 1), segments)
-    assert [segment.header.tolist() for segment in segments] == [[7, 3], [7, 0]]
-    assert segments[1].local_ids.tolist() == [[-1], [-1], [-1]]
-    assert all(bool(segment.hidden.isfinite().all()) for segment in segments)
+def test_a_shard_without_a_token_gets_no_expert_and_finite_values():
+    segments, counts = packed(
+        contiguous_placement(4, 2), torch.tensor([[0], [0], [1]]), torch.ones(3, 2), torch.ones(3, 1)
+    )
+    assert counts.tolist() == [3, 0]
+    assert segments.local_ids[1].tolist() == [[-1], [-1], [-1]]
+    assert bool(segments.hidden.isfinite().all())
 
 
-def test_what_comes_back_for_unused_rows_is_not_added():
-    plan = plan_rows(torch.tensor([[0], [1]]), torch.tensor([0, 1]), torch.tensor([0, 0]), 2)
-    nan = float("nan")
-    first, second = torch.tensor([[1.0], [nan]]), torch.tensor([[5.0], [nan]])
-    assert sum_rows(plan, (first, second)).tolist() == [[1.0], [5.0]]
+def test_segments_seen_together_are_the_segments_seen_one_by_one():
+    shape = RowShape(hidden_size=5, top_k=3, dtype=torch.bfloat16)
+    memory = torch.zeros(3 * shape.dispatch_bytes(4), dtype=torch.uint8)
+    together = shape.dispatch_segments(memory, 4, 3)
+    for part in (together.header, together.hidden, together.local_ids, together.weights):
+        part.copy_(torch.arange(part.numel()).view(part.shape))
+    for shard, piece in enumerate(memory.chunk(3)):
+        alone = shape.dispatch_segment(piece, 4)
+        assert torch.equal(alone.header, together.header[shard])
+        assert torch.equal(alone.hidden, together.hidden[shard])
+        assert torch.equal(alone.local_ids, together.local_ids[shard])
+        assert torch.equal(alone.weights, together.weights[shard])
+
+
+def test_sums_are_added_in_float32_and_are_a_tensor_of_their_own():
+    returned = torch.tensor([[[256.0]], [[1.0]], [[1.0]]], dtype=torch.bfloat16)  # 257 is no bfloat16, 258 is
+    assert sum_rows(returned).tolist() == [[258.0]]
+    alone = torch.ones(1, 2, 3)
+    total = sum_rows(alone)
+    alone.fill_(7.0)
+    assert total.tolist() == [[1.0] * 3] * 2
 
 
 def test_the_local_dispatcher_counts_the_rows_of_each_shard():
@@ -134,9 +154,19 @@ def test_the_local_dispatcher_counts_the_rows_of_each_shard():
     assert dispatcher.rows_sent == (6, 4)
 
 
-def test_a_fence_refuses_rows_of_another_epoch_and_names_them():
-    fence = Fence(5, CPU, "E1")
-    fence.admit(torch.tensor([[5, 3], [5, 4]]))
+@pytest.mark.parametrize("fence", [HostFence(5, "E1"), DeviceFence(5, CPU, "E1")])
+def test_a_fence_refuses_rows_of_another_epoch_and_names_them(fence: Fence):
+    fence.admit((torch.tensor([5, 3]), torch.tensor([5, 4])))
     assert fence.settle() == 7
+
+    def admit_a_stranger() -> None:
+        fence.admit((torch.tensor([5, 3]), torch.tensor([4, 1])))
+        fence.settle()  # on a device it is noticed when the step is over
+
     with pytest.raises(EpochAbortedError, match="rank E1 received 1 segments of another epoch than 5"):
-        fence.admit(torch.tensor([[5, 3], [4, 1]]))
+        admit_a_stranger()
+
+
+def test_on_the_host_a_stranger_is_refused_before_it_is_computed():
+    with pytest.raises(EpochAbortedError):
+        HostFence(5, "E1").admit((torch.tensor([4, 1]),))

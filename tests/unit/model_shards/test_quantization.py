@@ -5,10 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model_shards.expert_matrix import make_expert_matrix
+from model_shards.expert_matrix import ExpertMatrix, make_expert_matrix
 from model_shards.experts import ExpertShardModel
 from model_shards.quantization import Quantization, quantize_rows
-from model_shards.quantized_linear import choose_product, packed_int8_product, widened_product
 from tests.reference import CPU, make_hf_config, model_config_of, reference_expert, relative_error
 
 BOTH = pytest.mark.parametrize("quantization", list(Quantization))
@@ -61,6 +60,17 @@ def test_what_is_not_finite_is_refused(quantization: Quantization, value: float)
         quantize_rows(torch.full((1, 2), 1e300, dtype=torch.float64), quantization)
 
 
+def filled(quantization: Quantization, dtype: torch.dtype, outer: int, inner: int, num_experts: int) -> ExpertMatrix:
+    """Matrix e is that of seed e."""
+    matrices = make_expert_matrix(num_experts, inner, outer, dtype, CPU, quantization)
+    for expert in range(num_experts):
+        quantized = quantize_rows(matrix(outer, inner, expert), quantization)
+        views = dict(matrices.slices(expert, slice(None)))
+        views[""].copy_(quantized.values)
+        views["_scale_inv"].copy_(quantized.scale_inv)
+    return matrices
+
+
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 64, 32), (3, 33, 17), (16, 192, 128), (70, 5, 3)])
@@ -69,38 +79,30 @@ def test_products_are_those_of_the_widened_matrix(
 ) -> None:
     num_rows, inner, outer = shape
     x = matrix(num_rows, inner, 1).to(dtype)
-    quantized = quantize_rows(matrix(outer, inner, 2), quantization)
+    quantized = quantize_rows(matrix(outer, inner, 0), quantization)
     exact = x.double() @ (quantized.values.double() * quantized.scale_inv[:, None].double()).T
-    products = {choose_product(quantization, dtype, CPU), widened_product}
-    for product in products:
-        actual = product(x, quantized.values, quantized.scale_inv)
-        assert actual.dtype == dtype
-        assert relative_error(actual, exact) < (1e-6 if dtype is torch.float32 else 6e-3)
-        assert product(x[:0], quantized.values, quantized.scale_inv).shape == (0, outer)
+    actual = filled(quantization, dtype, outer, inner, 1).grouped(x, [num_rows])
+    assert relative_error(actual, exact) < (1e-6 if dtype is torch.float32 else 6e-3)
 
 
-def test_int8_in_float32_on_cpu_is_read_as_it_lies_and_everything_else_is_widened() -> None:
-    assert choose_product(Quantization.INT8, torch.float32, CPU) is packed_int8_product
-    for quantization, dtype, device in (
-        (Quantization.INT8, torch.bfloat16, "cpu"),
-        (Quantization.FP8, torch.float32, "cpu"),
-        (Quantization.INT8, torch.float32, "cuda"),
-    ):
-        assert choose_product(quantization, dtype, torch.device(device)) is widened_product
+@pytest.mark.parametrize(
+    ("quantization", "dtype"),
+    [(Quantization.FP8, torch.bfloat16), (Quantization.FP8, torch.float32), (Quantization.INT8, torch.float32)],
+)
+def test_only_int8_under_bfloat16_is_laid_out(quantization: Quantization, dtype: torch.dtype) -> None:
+    matrices = filled(quantization, dtype, 3, 5, 2)
+    assert matrices.laid_out() is matrices
 
 
 @BOTH
 def test_the_matrices_of_one_expert_are_its_own(quantization: Quantization) -> None:
-    matrices = make_expert_matrix(3, 6, 4, torch.float32, CPU, quantization)
-    for expert in range(3):
-        quantized = quantize_rows(matrix(4, 6, expert), quantization)
-        views = dict(matrices.slices(expert, slice(None)))
-        views[""].copy_(quantized.values)
-        views["_scale_inv"].copy_(quantized.scale_inv)
+    matrices = filled(quantization, torch.float32, 4, 6, 3)
     x = matrix(5, 6, 9)
     for expert in range(3):
-        assert relative_error(matrices.multiply(expert, x), x @ matrix(4, 6, expert).T) < 0.1
-        assert relative_error(matrices.multiply(expert, x), x @ matrix(4, 6, (expert + 1) % 3).T) > 0.5
+        counts = [5 if other == expert else 0 for other in range(3)]
+        product = matrices.grouped(x, counts)
+        assert relative_error(product, x @ matrix(4, 6, expert).T) < 0.1
+        assert relative_error(product, x @ matrix(4, 6, (expert + 1) % 3).T) > 0.5
 
 
 @BOTH
