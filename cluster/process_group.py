@@ -215,7 +215,8 @@ class _Joining:
         keys = [f"{stage}/{name}" for name in self.names]
         self._store.set(f"{stage}/{self._me}", word)
         self._store.wait(keys, timedelta(seconds=self.left_s()))
-        words = [self._store.get(key).decode() for key in keys]
+        # One question for all: with one for each, the store answers as often as there are pairs of ranks.
+        words = [word.decode() for word in self._store.multi_get(keys)]
         # After reading: who gives up writes its own words over others'.
         self._check_abort()
         return words
