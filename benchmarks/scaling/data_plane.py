@@ -8,9 +8,9 @@ import itertools
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.scaling.curve import Curve, in_turn, quick_quartile
@@ -44,6 +44,18 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class _Shape:
+    """What a cell is made of."""
+
+    num_attention: int
+    num_expert: int
+    experts: int
+
+
+_BASE = _Shape(1, 2, 16)
+
+
+@dataclass(frozen=True)
 class _Running:
     """A cell with its topology."""
 
@@ -72,14 +84,22 @@ def data_plane_curves(sizes: Sizes, rounds: int) -> list[Curve]:
     longest = max(sizes.contexts) + 4 * sizes.steps + 64
     with tempfile.TemporaryDirectory() as name:
         checkpoints = _Checkpoints(Path(name), longest)
-        with _cell(checkpoints, 1, 2, 16, max(sizes.batches), longest) as running:
-            batches = in_turn(sizes.batches, rounds, lambda batch: _step_us(running, batch, 64, sizes.steps))
-            contexts = in_turn(sizes.contexts, rounds, lambda context: _step_us(running, 4, context, sizes.steps))
-        experts = _over_cells(checkpoints, [(1, 2, count) for count in sizes.experts], sizes.experts, rounds, sizes)
-        by_n = _over_cells(checkpoints, [(1, n, 16) for n in sizes.expert_ranks], sizes.expert_ranks, rounds, sizes)
-        by_m = _over_cells(
-            checkpoints, [(m, 2, 16) for m in sizes.attention_ranks], sizes.attention_ranks, rounds, sizes
-        )
+        with _cell(checkpoints, _BASE, max(sizes.batches), longest) as base:
+
+            def against(shapes: dict[int, _Shape]) -> tuple[Point, ...]:
+                """All cells of a curve at once, idle but for one, so that a slow minute meets all of them."""
+                with ExitStack() as stack:
+                    cells = {
+                        x: base if shape == _BASE else stack.enter_context(_cell(checkpoints, shape, 8, 256))
+                        for x, shape in shapes.items()
+                    }
+                    return in_turn(tuple(cells), rounds, lambda x: _step_us(cells[x], 8, 64, sizes.steps))
+
+            batches = in_turn(sizes.batches, rounds, lambda batch: _step_us(base, batch, 64, sizes.steps))
+            contexts = in_turn(sizes.contexts, rounds, lambda context: _step_us(base, 4, context, sizes.steps))
+            experts = against({count: replace(_BASE, experts=count) for count in sizes.experts})
+            by_n = against({n: replace(_BASE, num_expert=n) for n in sizes.expert_ranks})
+            by_m = against({m: replace(_BASE, num_attention=m) for m in sizes.attention_ranks})
     step = "us a decode step"
     return [
         Curve("step against batch", "sequences", step, "every sequence is one more row", 1, batches),
@@ -90,21 +110,8 @@ def data_plane_curves(sizes: Sizes, rounds: int) -> list[Curve]:
     ]
 
 
-def _over_cells(
-    checkpoints: _Checkpoints, cells: Sequence[tuple[int, int, int]], xs: Sequence[int], rounds: int, sizes: Sizes
-) -> tuple[Point, ...]:
-    """Cells of (M, N, experts), one after another: idle ones of the others would still take memory."""
-    points = []
-    for x, (num_attention, num_expert, experts) in zip(xs, cells, strict=True):
-        with _cell(checkpoints, num_attention, num_expert, experts, 8, 256) as running:
-            points.append(Point(x, tuple(_step_us(running, 8, 64, sizes.steps) for _ in range(max(rounds, 3)))))
-    return tuple(points)
-
-
 @contextmanager
-def _cell(
-    checkpoints: _Checkpoints, num_attention: int, num_expert: int, experts: int, max_batch: int, max_len: int
-) -> Iterator[_Running]:
+def _cell(checkpoints: _Checkpoints, shape: _Shape, max_batch: int, max_len: int) -> Iterator[_Running]:
     longest = -(-max_len // _BLOCK_SIZE) + 1
     limits = EngineLimits(
         max_model_len=max_len,
@@ -114,10 +121,12 @@ def _cell(
         num_blocks=max(4 * longest, max_batch * (256 // _BLOCK_SIZE)),
         num_micro_batches=1,
     )
-    topology = Topology(num_attention, num_expert)
-    spec = CellSpec(str(checkpoints.with_experts(experts)), topology, "cpu", "float32", limits, log_level="WARNING")
+    topology = Topology(shape.num_attention, shape.num_expert)
+    spec = CellSpec(
+        str(checkpoints.with_experts(shape.experts)), topology, "cpu", "float32", limits, log_level="WARNING"
+    )
     with ExitStack() as stack:
-        running = _Running(stack.enter_context(Cell(spec)), num_attention)
+        running = _Running(stack.enter_context(Cell(spec)), shape.num_attention)
         _step_us(running, 1, 8, 4)  # first use of code and memory
         yield running
 

@@ -28,13 +28,14 @@ class RankCost:
     """One rank in one epoch. CPU seconds are of this process, all its threads; wall seconds of its clock."""
 
     join_cpu_s: float
-    join_wall_s: float
+    join_wall_s: float  # from when all have connected to the store: torch's own connecting may wait for DNS
     private_bytes: int  # of this process, with the epoch open
     descriptors: int  # that the epoch holds open
     header_cpu_s: float  # one exchange of headers
     header_wall_s: float  # the lower quartile
     layer_cpu_s: float  # one layer's exchange, dispatch and combine
     messages: int  # of one layer, that this rank sends
+    leave_wall_s: float
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,12 @@ class Load:
 def rank_work(membership: Membership, rank: int, load: Load) -> RankCost:
     """Runs one epoch as `rank`."""
     descriptors = _descriptors()
-    cpu, wall = time.process_time(), time.perf_counter()
+    cpu = time.process_time()
     store = connect_rendezvous(membership.rendezvous, membership.join_timeout_s)
+    if store.add("connected", 1) == membership.topology.world_size:
+        store.set("all connected", "")
+    store.wait(["all connected"])
+    wall = time.perf_counter()
     with open_epoch(membership, rank, _CPU, store) as groups:
         join_cpu_s, join_wall_s = time.process_time() - cpu, time.perf_counter() - wall
         memory, descriptors = private_bytes(), _descriptors() - descriptors
@@ -58,7 +63,11 @@ def rank_work(membership: Membership, rank: int, load: Load) -> RankCost:
         header_cpu_s, header_wall_s = _headers(headers, membership, load.headers)
         layer_cpu_s, messages = _layers(groups, headers, membership, rank, load) if load.steps else (0.0, 0)
         headers.exchange(StepHeader(membership.epoch, (0,), ends=True))
-    return RankCost(join_cpu_s, join_wall_s, memory, descriptors, header_cpu_s, header_wall_s, layer_cpu_s, messages)
+        wall = time.perf_counter()
+    leave_wall_s = time.perf_counter() - wall
+    return RankCost(
+        join_cpu_s, join_wall_s, memory, descriptors, header_cpu_s, header_wall_s, layer_cpu_s, messages, leave_wall_s
+    )
 
 
 def _descriptors() -> int:

@@ -95,7 +95,7 @@ def _join_curves(epochs: _Epochs) -> list[Curve]:
             _points(epochs, lambda epoch: epoch.mean(lambda rank: rank.join_cpu_s) * 1e3),
         ),
         Curve(
-            "join, a rank of all, by the clock",
+            "join, by the clock, over ranks",
             "ranks",
             "wall ms over ranks, until the slowest has joined",
             "the cores of this machine do the work of all ranks, which is linear for each",
@@ -109,6 +109,14 @@ def _join_curves(epochs: _Epochs) -> list[Curve]:
             "it tells each rank a word of every other",
             1,
             _points(epochs, lambda epoch: epoch.store_cpu_s / len(epoch.ranks) * 1e3),
+        ),
+        Curve(
+            "leaving, by the clock",
+            "ranks",
+            "wall ms of the slowest rank",
+            "it lets go of the memory of every other rank",
+            1,
+            _points(epochs, lambda epoch: max(rank.leave_wall_s for rank in epoch.ranks) * 1e3),
         ),
         Curve(
             "memory, a rank",
@@ -135,7 +143,7 @@ def _join_curves(epochs: _Epochs) -> list[Curve]:
             _points(epochs, lambda epoch: epoch.mean(lambda rank: rank.header_cpu_s) * 1e6),
         ),
         Curve(
-            "step header, by the clock, a rank",
+            "step header, by the clock, over ranks",
             "ranks",
             "wall us over ranks",
             "the cores of this machine do the work of all ranks, which is linear for each",

@@ -12,7 +12,7 @@ from cluster.batch_builder import build_batch
 from cluster.block_manager import BlockManager
 from cluster.limits import EngineLimits
 from cluster.request import GenerationRequest
-from cluster.scheduler import Scheduler, split_micro_batches
+from cluster.scheduler import ScheduledChunk, Scheduler, split_micro_batches
 from cluster.sequence import Sequence
 from model_shards.sampling import SamplingParams
 
@@ -34,6 +34,14 @@ def scheduler_curves(rounds: int, most: int, longest: int) -> list[Curve]:
             "every sequence of a step is one token to lay out",
             1,
             in_turn(counts, rounds, _decode_step_us),
+        ),
+        Curve(
+            "batch with one long context",
+            "tokens of the long one",
+            "us a batch of 255 others of 64 tokens",
+            "every row of the block tables is as wide as the longest",
+            1,
+            in_turn(lengths, rounds, _mixed_batch_us),
         ),
         Curve(
             "ending sequences of one step",
@@ -127,6 +135,15 @@ def _step(scheduler: Scheduler, limits: EngineLimits) -> None:
 def _decode_step_us(count: int) -> float:
     scheduler, limits, _ = _running(count)
     return best_of(16, lambda: timed(lambda: _step(scheduler, limits))) * 1e6
+
+
+def _mixed_batch_us(longest: int) -> float:
+    sequences = [_sequence(64, seed) for seed in range(255)] + [_sequence(longest)]
+    blocks = BlockManager(_limits(256, 256, 255 * 4 + longest // _BLOCK_SIZE))
+    for sequence in sequences:
+        blocks.append(sequence)
+    chunks = [ScheduledChunk(s, s.num_tokens - 1, s.num_tokens, is_decode=True, wants_logits=True) for s in sequences]
+    return best_of(16, lambda: timed(lambda: build_batch(chunks, _BLOCK_SIZE, _CPU))) * 1e6
 
 
 def _end_us(count: int, waiting: bool) -> float:
