@@ -1,6 +1,6 @@
 """What a step and the control plane cost against all that grows, and whether any of it grows faster than it must.
 
-python -m benchmarks.scaling --out DIR            about 4 minutes on 2 cores
+python -m benchmarks.scaling --out DIR            about 2 minutes on 2 cores
 python -m benchmarks.scaling --out DIR --quick    under a minute: fewer and smaller points, so a coarser judgement
 python -m benchmarks.scaling --part scheduler     one part: data-plane, ranks, coordinator or scheduler
 

@@ -41,6 +41,7 @@ class Curve:
                 "exponent": verdict.free.p,
                 "exponent_low": round(verdict.low_exponent, 2),
                 "excess": round(verdict.excess, 3),
+                "flat": verdict.is_flat,
                 "exceeds": verdict.exceeds,
             }
         )
@@ -50,9 +51,10 @@ class Curve:
         verdict = self.verdict()
         law = f"{_short(verdict.law.a)}" + (f" + {_short(verdict.law.b)} x" if self.exponent else "")
         mark = "EXCEEDS" if verdict.exceeds else "keeps"
+        grows = "flat" if verdict.is_flat else f"exponent {verdict.free.p:.2f} (from {verdict.low_exponent:.2f})"
         return (
-            f"{self.name:34s} {mark:8s} law {law:24s} free exponent {verdict.free.p:4.2f} "
-            f"(from {verdict.low_exponent:4.2f}), {verdict.excess:+5.0%} at {self.x} {self.points[-1].x:g}; {self.y}"
+            f"{self.name:38s} {mark:8s} law {law:20s} {grows:27s} {verdict.excess:+4.0%} "
+            f"at {self.points[-1].x:g} {self.x}; {self.y}"
         )
 
 

@@ -72,6 +72,7 @@ class Verdict:
     low_exponent: float  # what the noise leaves open, downwards
     excess: float  # of the largest x over the law, relative
     exceeds: bool
+    is_flat: bool  # the largest x costs about what the smallest does, so the free exponent says nothing
 
 
 def judge(points: Sequence[Point], exponent: int) -> Verdict:
@@ -83,8 +84,9 @@ def judge(points: Sequence[Point], exponent: int) -> Verdict:
     low = _low_exponent(points, xs, free.p, exponent)
     excess = float(ys[-1] / max(law.at(float(xs[-1])), 1e-300) - 1)
     noise = max(point.noise for point in points)
-    exceeds = low > exponent + _EXPONENT_SLACK and excess > max(_EXCESS_SLACK, 2 * noise)
-    return Verdict(law, free, low, excess, exceeds)
+    slack = max(_EXCESS_SLACK, 2 * noise)
+    exceeds = low > exponent + _EXPONENT_SLACK and excess > slack
+    return Verdict(law, free, low, excess, exceeds, is_flat=abs(float(ys[-1] / ys[0]) - 1) <= slack)
 
 
 def fit(xs: _Floats, ys: _Floats, p: float) -> Fit:

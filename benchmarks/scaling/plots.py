@@ -1,5 +1,6 @@
 """Pictures of the curves: what was measured, the law fitted to it, and whether it holds. PNG."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,11 +8,13 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image  # matplotlib stands on it
 
 from benchmarks.scaling.curve import Curve
 
 _DPI = 70
 _COLUMNS = 3
+_COLOURS = 24
 _WIDTH, _HEIGHT = 4.2, 3.1  # inches, of one curve
 
 
@@ -25,7 +28,10 @@ def plot(curves: Sequence[Curve], title: str, path: Path) -> None:
     for panel in panels:
         panel.set_axis_off()
     figure.suptitle(title)
-    figure.savefig(path, dpi=_DPI)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=_DPI)
+    # Few colours: a third of the bytes.
+    Image.open(drawn).convert("RGB").quantize(_COLOURS).save(path, optimize=True)
 
 
 def _draw(axes: Axes, curve: Curve) -> None:
@@ -42,7 +48,7 @@ def _draw(axes: Axes, curve: Curve) -> None:
     axes.set_ylim(bottom=0, top=1.25 * max(max(middle), verdict.law.at(max(xs))))
     axes.set_xlabel(curve.x)
     axes.set_ylabel(curve.y, fontsize=7)
-    mark = "EXCEEDS its law" if verdict.exceeds else f"exponent {verdict.free.p:g}"
+    mark = "EXCEEDS its law" if verdict.exceeds else "flat" if verdict.is_flat else f"exponent {verdict.free.p:g}"
     axes.set_title(f"{curve.name}: {mark}", fontsize=9, color="red" if verdict.exceeds else "black")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="upper left")

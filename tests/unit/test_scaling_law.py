@@ -32,7 +32,14 @@ def test_a_constant_keeps_its_law_and_a_line_exceeds_it():
 
 
 def test_a_rise_by_a_few_per_cent_over_the_whole_range_keeps_the_constant_law():
-    assert not judge(points(lambda x: 2 * x**0.08, noise=0.01), 0).exceeds
+    verdict = judge(points(lambda x: 2 * x**0.08, noise=0.01), 0)
+    assert not verdict.exceeds
+    assert not verdict.is_flat
+
+
+def test_what_costs_the_same_everywhere_is_flat_whatever_the_free_exponent():
+    assert judge(points(lambda x: 40), 1).is_flat
+    assert not judge(points(lambda x: 40 + x), 1).is_flat
 
 
 def test_one_bad_round_of_the_largest_point_is_not_growth():
