@@ -6,7 +6,8 @@ and close epochs as often as it likes, and hold several at once:
     control   gloo on CPU   step headers
     data      gloo or nccl  dispatch and combine
 
-Ranks on CPUs of one host need no data group: they exchange headers and rows through shared memory (cluster/shm).
+Ranks on CPUs of one host need neither: they exchange headers and rows through shared memory (cluster/shm). A gloo group
+that nobody uses is not free: it connects all pairs of ranks, and to hang up takes gloo 10 ms for each.
 
 How ranks join (keys in the store, under `epoch<n>/`):
 
@@ -45,9 +46,9 @@ class EpochGroups:
     """The groups of one epoch on one rank; a context manager. Build it with `open_epoch`."""
 
     def __init__(
-        self, control: dist.ProcessGroup, data: dist.ProcessGroup | None, backend: str, mesh: Mesh | None
+        self, control: dist.ProcessGroup | None, data: dist.ProcessGroup | None, backend: str, mesh: Mesh | None
     ) -> None:
-        """`data` or `mesh` carries the data, the other is None; `backend` is that of `data`: gloo or nccl."""
+        """There are both groups, or there is `mesh`; `backend` is that of `data`: gloo or nccl."""
         self.control = control
         self.data = data
         self.backend = backend
@@ -66,7 +67,8 @@ class EpochGroups:
             self.mesh.close()
         if self.data is not None:
             _hang_up(self.data, self.backend)
-        _hang_up(self.control, "gloo")
+        if self.control is not None:
+            _hang_up(self.control, "gloo")
 
     def __enter__(self) -> "EpochGroups":
         return self
@@ -97,14 +99,15 @@ def open_epoch(
                 built.callback(outbox.close)
             words = joining.meet("joined", "" if outbox is None else address_of(outbox).encode())
         with joining.guarded("build the process groups of"):
-            control = _open_gloo(membership, global_rank, joining.substore("control"), joining.left_s())
-            built.callback(_hang_up, control, "gloo")
             mesh = _open_mesh(membership, global_rank, joining, outbox, words)
             backend = "nccl" if membership.backend == "nccl" else "gloo"
+            control: dist.ProcessGroup | None = None
             data: dist.ProcessGroup | None = None
             if mesh is not None:
                 built.callback(mesh.close)
             else:
+                control = _open_gloo(membership, global_rank, joining.substore("control"), joining.left_s())
+                built.callback(_hang_up, control, "gloo")
                 data = _open_data(membership, backend, global_rank, device, joining.substore("data"), joining.left_s())
                 built.callback(_hang_up, data, backend)
             joining.meet("built")
@@ -215,7 +218,8 @@ class _Joining:
         keys = [f"{stage}/{name}" for name in self.names]
         self._store.set(f"{stage}/{self._me}", word)
         self._store.wait(keys, timedelta(seconds=self.left_s()))
-        words = [self._store.get(key).decode() for key in keys]
+        # One question for all: with one for each, the store answers as often as there are pairs of ranks.
+        words = [word.decode() for word in self._store.multi_get(keys)]
         # After reading: who gives up writes its own words over others'.
         self._check_abort()
         return words

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from cluster.control import Command, RankStatus, Registration
 from cluster.topology import Role, Topology
 
+_STANDBY = "standby"
+
 
 @dataclass(eq=False)
 class Rank:
@@ -104,7 +106,7 @@ class Roster:
 
     def name_of(self, uid: str) -> str:
         """`A0`; "standby" for one without a place."""
-        return self._topology.name(self._places.index(uid)) if uid in self._places else "standby"
+        return self._topology.name(self._places.index(uid)) if uid in self._places else _STANDBY
 
     def silent(self, since: float) -> list[str]:
         """Ranks that were last heard of before `since`."""
@@ -112,7 +114,11 @@ class Roster:
 
     def statuses(self, now: float) -> tuple[RankStatus, ...]:
         """One entry per rank."""
-        return tuple(RankStatus(self.name_of(uid), uid, now - rank.last_seen) for uid, rank in self._ranks.items())
+        # Not `name_of`, which searches all places for each.
+        names = {uid: self._topology.name(place) for place, uid in enumerate(self._places) if uid is not None}
+        return tuple(
+            RankStatus(names.get(uid, _STANDBY), uid, now - rank.last_seen) for uid, rank in self._ranks.items()
+        )
 
     def _seat(self, rank: Rank) -> None:
         registration = rank.registration

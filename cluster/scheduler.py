@@ -10,7 +10,7 @@ oldest sequence is therefore the last to be preempted, fits into the cache alone
 least one token of budget, since decodes number at most max_num_seqs <= max_num_batched_tokens, itself included.
 """
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
@@ -42,8 +42,10 @@ class Scheduler:
     def __init__(self, limits: EngineLimits) -> None:
         self._limits = limits
         self._blocks = BlockManager(limits)
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+        # Ordered sets: whoever ends or is cancelled is found without searching. A plain dict from whose begin much was
+        # taken searches for its first member.
+        self._waiting: OrderedDict[Sequence, None] = OrderedDict()  # next to be admitted first
+        self._running: dict[Sequence, None] = {}  # oldest first
         self._num_preemptions = 0
         self._num_cached_tokens = 0
 
@@ -74,14 +76,14 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Puts a new sequence at the end of the queue; the caller has checked that it fits."""
-        self._waiting.append(sequence)
+        self._waiting[sequence] = None
 
     def remove(self, sequence: Sequence) -> None:
         """Ends a sequence and frees its blocks; must not be called while a step that reads them is under way."""
         if sequence.status is SequenceStatus.RUNNING:
-            self._running.remove(sequence)
+            del self._running[sequence]
         elif sequence.status is SequenceStatus.WAITING:
-            self._waiting.remove(sequence)
+            del self._waiting[sequence]
         self._blocks.free(sequence)
         sequence.status = SequenceStatus.ENDED
 
@@ -97,8 +99,8 @@ class Scheduler:
             if budget > 0 and not sequence.is_decoding:
                 chunks.append(_chunk(sequence, budget))
                 budget -= chunks[-1].num_tokens
-        while budget > 0 and self._admit():
-            chunks.append(_chunk(self._running[-1], budget))
+        while budget > 0 and (admitted := self._admit()) is not None:
+            chunks.append(_chunk(admitted, budget))
             budget -= chunks[-1].num_tokens
         # A sequence that is admitted with all but one token known decodes from the start.
         return tuple(sorted(chunks, key=lambda chunk: not chunk.is_decode))
@@ -132,39 +134,39 @@ class Scheduler:
         What was preempted is not admitted again in the same step, nor anyone behind it, unless others hold its prefix:
         it needs at least the blocks it gave, and some of these went to an older one.
         """
-        index = 0
-        while index < len(self._running):
-            sequence = self._running[index]
-            if self._blocks.can_append(sequence):
-                self._blocks.append(sequence)
-                index += 1
-            else:
+        for sequence in tuple(self._running):
+            while sequence in self._running and not self._blocks.can_append(sequence):
                 self._preempt_newest()
+            if sequence not in self._running:
+                return  # it was the newest, so none is left behind it
+            self._blocks.append(sequence)
 
     def _preempt_newest(self) -> None:
-        sequence = self._running.pop()
+        sequence, _ = self._running.popitem()
         self._blocks.free(sequence)
         sequence.num_computed_tokens = 0
         sequence.status = SequenceStatus.WAITING
-        self._waiting.appendleft(sequence)
+        self._waiting[sequence] = None
+        self._waiting.move_to_end(sequence, last=False)
         self._num_preemptions += 1
 
-    def _admit(self) -> bool:
+    def _admit(self) -> Sequence | None:
         """Lets the first waiting sequence run if all its tokens find blocks: a prefill then never preempts."""
         if not self._waiting or len(self._running) >= self._limits.max_num_seqs:
-            return False
-        sequence = self._waiting[0]
+            return None
+        sequence = next(iter(self._waiting))
         prefix = self._blocks.known_prefix(sequence)
         if not self._blocks.can_append(sequence, prefix):
-            return False
+            return None
         self._blocks.share(sequence, prefix)
         self._blocks.append(sequence)
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = min(sequence.num_computed_tokens, len(sequence.request.prompt_token_ids))
             self._num_cached_tokens += sequence.num_cached_tokens
         sequence.status = SequenceStatus.RUNNING
-        self._running.append(self._waiting.popleft())
-        return True
+        del self._waiting[sequence]
+        self._running[sequence] = None
+        return sequence
 
 
 def split_micro_batches(chunks: SequenceOf[ScheduledChunk], count: int) -> tuple[tuple[ScheduledChunk, ...], ...]:

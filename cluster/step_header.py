@@ -76,6 +76,7 @@ class HeaderExchange:
         if groups.mesh is not None:
             self._gather = _SharedGather(groups.mesh, membership.exchange_timeout_s)
         else:
+            assert groups.control is not None, "without shared memory there are groups"
             self._gather = _GroupGather(groups.control, self._topology.world_size)
 
     def exchange(self, header: StepHeader) -> AgreedStep:

@@ -14,6 +14,7 @@ from cluster.dispatch import StepPlan, make_attention_dispatcher, make_expert_di
 from cluster.membership import Membership, Rendezvous
 from cluster.process_group import open_epoch
 from cluster.rendezvous import connect_rendezvous
+from cluster.step_header import HeaderExchange, StepHeader
 from cluster.topology import Role, Topology
 from model_shards.config import ModelConfig, RopeConfig
 from model_shards.pipeline import run_micro_batches
@@ -140,8 +141,8 @@ def run_rank_epoch(
                 checked += sum(int(count) for count in run_micro_batches(forwards))
             report = RankReport(epoch, global_rank, attention.rows_sent, checked)
         # As a step loop does: agree that the epoch ends, then leave without waiting for anybody.
-        mine, everyone = torch.tensor([epoch]), [torch.zeros(1, dtype=torch.int64) for _ in range(topology.world_size)]
-        groups.control.allgather([everyone], [mine]).wait()
+        headers = HeaderExchange(groups, membership, global_rank, num_micro_batches, len(CONFIG.moe_layers))
+        assert headers.exchange(StepHeader(epoch, (0,) * num_micro_batches, ends=True)).ends
     return report
 
 

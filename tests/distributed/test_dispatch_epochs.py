@@ -60,7 +60,7 @@ def test_a_rendezvous_that_is_gone_is_named():
 def test_ranks_of_one_host_share_memory_unless_one_of_them_cannot(monkeypatch):
     server = serve_rendezvous("127.0.0.1")
     shared = open_all(server.rendezvous, 1, "auto")
-    assert all(groups.mesh is not None and groups.data is None for groups in shared)
+    assert all(groups.mesh is not None and groups.data is None and groups.control is None for groups in shared)
     for groups in shared:
         groups.close()
 
@@ -73,7 +73,7 @@ def test_ranks_of_one_host_share_memory_unless_one_of_them_cannot(monkeypatch):
 
     monkeypatch.setattr(process_group, "Mesh", one_is_refused)
     over_gloo = open_all(server.rendezvous, 2, "auto")
-    assert all(groups.mesh is None and groups.data is not None for groups in over_gloo)
+    assert all(groups.mesh is None and groups.data is not None and groups.control is not None for groups in over_gloo)
     for groups in over_gloo:
         groups.close()
     with pytest.raises(ConfigError, match=r"the backend shm cannot be had, .*Permission denied: '/proc/1/fd/7'"):
