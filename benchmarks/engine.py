@@ -5,7 +5,6 @@ python -m benchmarks.engine --model DIR --attention 1 --experts 2 --transport sh
 Transports are run in turn, `--rounds` times each, and every run prints one line of JSON; then come the medians.
 """
 
-import os
 import statistics
 import time
 from collections import defaultdict
@@ -86,8 +85,6 @@ def main(
     rounds: int,
 ) -> None:
     """Measures a cell; see the top of the file."""
-    # Processes as many as cores or more: a second thread in one of them takes the core of another.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     workloads = tuple(map(Workload.parse, texts)) or WORKLOADS
     vocab_size = load_model_config(model).vocab_size
     topology = Topology(attention, experts)

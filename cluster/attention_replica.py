@@ -15,6 +15,7 @@ from cluster.rendezvous import RendezvousServer, serve_rendezvous
 from cluster.request import GenerationRequest, ReplicaLoad, StepOutput
 from cluster.spec import CellSpec
 from cluster.step_loop import StepEvents, StepLoop
+from cluster.topology import Role
 from model_shards.config import load_model_config
 from model_shards.errors import InvalidRequestError, ShoalError, UnavailableError
 from model_shards.kv_cache import LatentKVCache, bytes_per_block
@@ -38,7 +39,7 @@ class AttentionReplica:
         rejoin_timeout_s: float = 120.0,
         progress: Progress | None = None,
     ) -> None:
-        device = local_device(spec, device_index)
+        device = local_device(spec, Role.ATTENTION, device_index)
         directory = Path(spec.model_directory)
         config = load_model_config(directory)
         dtype = torch_dtype(spec)

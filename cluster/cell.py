@@ -8,6 +8,7 @@ with Cell(spec) as cell:
 """
 
 import multiprocessing
+import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +32,7 @@ from cluster.cell_rank import (
     expert_main,
 )
 from cluster.control import Join, Leave, OpenRendezvous
+from cluster.device import RANK_ENVIRONMENT
 from cluster.epoch_thread import EpochEnd
 from cluster.membership import Membership, Rendezvous
 from cluster.request import FinishReason, GenerationRequest, ReplicaLoad, StepOutput
@@ -171,6 +173,8 @@ class Cell:
         ours, theirs = context.Pipe()
         main = attention_main if topology.role(global_rank) is Role.ATTENTION else expert_main
         process = context.Process(target=main, args=(theirs, self._spec, global_rank), name=topology.name(global_rank))
+        # It goes to the child with the rest of the environment, and is too late for this process itself.
+        os.environ.update(RANK_ENVIRONMENT)
         process.start()
         theirs.close()
         return _Child(process, ours)

@@ -1,9 +1,16 @@
 """Which device and element type a rank computes with."""
 
+import os
+
 import torch
 
 from cluster.spec import CellSpec
+from cluster.topology import Role, Topology
 from model_shards.errors import ConfigError
+
+# What a rank's process needs in its environment before it loads torch: an OpenMP thread that has nothing to do sleeps.
+# By default it spins for a while, on a core that another rank is waiting for.
+RANK_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -15,16 +22,24 @@ def torch_dtype(spec: CellSpec) -> torch.dtype:
     return _DTYPES[spec.dtype]
 
 
-def local_device(spec: CellSpec, index: int) -> torch.device:
+def local_device(spec: CellSpec, role: Role, index: int) -> torch.device:
     """The device of the `index`-th rank of this host. NCCL wants a GPU per rank; over gloo ranks may share one.
 
-    Raises ConfigError when there is none.
+    On CPU it also fixes this process's threads. Raises ConfigError when there is no device.
     """
     if spec.device == "cpu":
-        # One thread per rank: two OpenMP threads lose to two ranks as soon as anything else runs.
-        torch.set_num_threads(1)
+        torch.set_num_threads(num_threads(spec.topology, role, len(os.sched_getaffinity(0))))
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if count == 0 or (spec.backend == "nccl" and index >= count):
         raise ConfigError(f"rank {index} of this host needs its own GPU, {count} are visible")
     return torch.device("cuda", index % count)
+
+
+def num_threads(topology: Topology, role: Role, num_cores: int) -> int:
+    """Threads of a CPU rank on a host that has all ranks.
+
+    Ranks of one role compute at the same time and share the cores; those of the other role wait meanwhile.
+    """
+    ranks = topology.num_attention if role is Role.ATTENTION else topology.num_expert
+    return max(1, num_cores // ranks)

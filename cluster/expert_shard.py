@@ -13,6 +13,7 @@ from cluster.logs import log_event
 from cluster.membership import Membership
 from cluster.spec import CellSpec
 from cluster.step_header import StepHeader
+from cluster.topology import Role
 from model_shards.config import load_model_config
 from model_shards.weights import Progress, load_expert_shard
 
@@ -31,7 +32,7 @@ class ExpertShard:
         progress: Progress | None = None,
     ) -> None:
         self._spec = spec
-        self._device = local_device(spec, device_index)
+        self._device = local_device(spec, Role.EXPERT, device_index)
         self._dtype = torch_dtype(spec)
         directory = Path(spec.model_directory)
         self._config = load_model_config(directory)

@@ -13,6 +13,7 @@ from ray import serve
 
 from cluster.actors.client import COORDINATOR_NAME, NAMESPACE
 from cluster.actors.coordinator import remove_cell
+from cluster.device import RANK_ENVIRONMENT
 from cluster.spec import CellSpec
 from deploy.app.bind import proxy_environment
 from deploy.config import ShoalSettings
@@ -57,7 +58,7 @@ def ray_runtime(settings: ShoalSettings, spec: CellSpec, signals: StopSignals) -
     Raises UnavailableError when ray.address does not answer, ConfigError when that cluster is taken.
     """
     address = settings.ray.address
-    environment = dict(proxy_environment(settings.server.host))
+    environment = {**proxy_environment(settings.server.host), **RANK_ENVIRONMENT}
     os.environ.update(environment | _QUIET)
     # What Ray's and Serve's own code says in this process; trouble comes as an exception.
     for name in ("ray", "ray.serve"):
