@@ -7,6 +7,7 @@ slot of a token              block * block_size + offset within the block
 import torch
 
 from model_shards.config import ModelConfig
+from model_shards.scratch import Scratch
 
 
 class LatentKVCache:
@@ -20,6 +21,7 @@ class LatentKVCache:
         shape = (config.num_hidden_layers, num_blocks, block_size, config.latent_dim)
         # Zeros and not empty memory: a NaN in a slot that nobody wrote must not reach anyone.
         self.data = torch.zeros(shape, dtype=dtype, device=device)
+        self._gathered, self._wide = Scratch(dtype, device), Scratch(torch.float32, device)
 
     def layer(self, index: int) -> torch.Tensor:
         """View of one layer, [num_blocks, block_size, latent_dim]."""
@@ -34,6 +36,22 @@ class LatentKVCache:
         """Copies the rows of `slots` [...] int64; [..., latent_dim]."""
         rows = self.data[layer].flatten(0, 1).index_select(0, slots.flatten())
         return rows.view(*slots.shape, rows.shape[-1])
+
+    def read(self, layer: int, slots: torch.Tensor, run: int | None = None) -> torch.Tensor:
+        """The rows of `slots` [...] in float32, [..., latent_dim]: to be read only, and valid until the next `read`.
+
+        `run` is the first slot when the slots lie together: then nothing is gathered, and a cache of float32 is read
+        where it lies.
+        """
+        rows = self.data[layer].flatten(0, 1)
+        count, width = slots.numel(), rows.shape[1]
+        if run is None:
+            stored = torch.index_select(rows, 0, slots.flatten(), out=self._gathered.take(count, width))
+        else:
+            stored = rows[run : run + count]
+        if stored.dtype != torch.float32:
+            stored = self._wide.take(count, width).copy_(stored)
+        return stored.view(*slots.shape, width)
 
 
 def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:

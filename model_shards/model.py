@@ -77,6 +77,11 @@ class AttentionModel(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = FrozenLinear(config.hidden_size, config.vocab_size, dtype, device)
 
+    def prepare(self) -> None:
+        """Lays out what every step multiplies by; whoever fills the weights calls it after, or each step does it."""
+        for layer in self.model.decoder_layers:
+            layer.self_attn.prepare()
+
     def forward_steps(
         self, batch: AttentionBatch, kv_cache: LatentKVCache, routed: RoutedExperts
     ) -> Generator[None, None, torch.Tensor]:
@@ -87,7 +92,7 @@ class AttentionModel(nn.Module):
         as `PendingCombine.wait` does.
         """
         plan = plan_attention(batch, kv_cache.block_size)
-        rotary: tuple[torch.Tensor, torch.Tensor] = self.model.rotary(batch.positions)
+        rotary: torch.Tensor = self.model.rotary(batch.positions)
         hidden: torch.Tensor = self.model.embed_tokens(batch.token_ids)  # [T, H]
         for index, layer in enumerate(self.model.decoder_layers):
             normed = layer.input_layernorm(hidden)

@@ -1,5 +1,6 @@
 """The paged latent cache: slots, layers and its size."""
 
+import pytest
 import torch
 
 from model_shards.kv_cache import LatentKVCache, bytes_per_block
@@ -24,6 +25,26 @@ def test_gathered_rows_keep_the_shape_of_the_slots() -> None:
     rows = cache.gather(0, torch.tensor([[7, 0, 3], [1, 1, 6]]))
     assert rows.shape == (2, 3, 40)
     assert rows[..., 0].tolist() == [[7, 0, 3], [1, 1, 6]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_read_in_float32_gathered_or_where_they_lie(dtype: torch.dtype) -> None:
+    cache = LatentKVCache(CONFIG, 3, 4, dtype, CPU)
+    cache.data.normal_(generator=torch.Generator().manual_seed(1))
+    together = torch.tensor([[5, 6, 7, 8]])
+    for slots, run in ((torch.tensor([[7, 0, 3], [1, 1, 6]]), None), (together, None), (together, 5)):
+        rows = cache.read(2, slots, run)
+        assert rows.dtype == torch.float32
+        assert torch.equal(rows, cache.gather(2, slots).float())
+    if dtype == torch.float32:
+        assert cache.read(2, together, 5).data_ptr() == cache.layer(2).flatten(0, 1)[5].data_ptr()
+
+
+def test_scratch_grown_under_inference_mode_is_written_outside_of_it() -> None:
+    cache = LatentKVCache(CONFIG, 3, 4, torch.bfloat16, CPU)
+    with torch.inference_mode():
+        cache.read(0, torch.tensor([1, 2]))
+    assert cache.read(0, torch.tensor([2])).shape == (1, 40)
 
 
 def test_latents_are_stored_in_the_dtype_of_the_cache() -> None:
