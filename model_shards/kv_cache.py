@@ -23,6 +23,11 @@ class LatentKVCache:
         self.data = torch.zeros(shape, dtype=dtype, device=device)
         self._gathered, self._wide = Scratch(dtype, device), Scratch(torch.float32, device)
 
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes beside `data`: room for the largest read yet, whose size the caller bounds."""
+        return self._gathered.nbytes + self._wide.nbytes
+
     def layer(self, index: int) -> torch.Tensor:
         """View of one layer, [num_blocks, block_size, latent_dim]."""
         return self.data[index]

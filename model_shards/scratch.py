@@ -12,6 +12,11 @@ class Scratch:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._buffer = torch.empty(0, dtype=dtype, device=device)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._buffer.nbytes
+
     def take(self, *shape: int) -> torch.Tensor:
         """A contiguous tensor with undefined values, valid until the next `take`."""
         count = math.prod(shape)
