@@ -19,11 +19,10 @@ from model_shards.attention_plan import AttentionPlan, DecodeGroup, PrefillSpan
 from model_shards.config import ModelConfig
 from model_shards.kv_cache import LatentKVCache
 from model_shards.rope import attention_scale
-from model_shards.scratch import Scratch
+from model_shards.scratch import Workspace
 from model_shards.softmax_blocks import RunningSoftmax
 from model_shards.up_projection import UpProjections, split_heads, widened
 
-_CPU = torch.device("cpu")
 # Rows of the cache read at once: of 576 float32 each 1.2 MB for a decode, which are read twice from the second-level
 # cache, and 2.4 MB for a prefill chunk, whose every head expands them once.
 _DECODE_BLOCK = 512
@@ -44,7 +43,6 @@ class BlockwiseAttention:
         self._rope_dim = config.qk_rope_head_dim
         self._v_dim = config.v_head_dim
         self._scale = attention_scale(config)
-        self._scores, self._keys, self._values = (Scratch(torch.float32, _CPU) for _ in range(3))
 
     def lay_out(self, kv_b_weight: torch.Tensor) -> UpProjections:
         """Copies in float32: of a bf16 weight 4 bytes an element, of a float32 one the half that is W_UV."""
@@ -120,7 +118,7 @@ class BlockwiseAttention:
         length = group.slots.shape[1]
         if length <= _DECODE_BLOCK:
             latents = kv_cache.read(layer, group.slots, group.run)  # [d, L, R + O]
-            weights = self._decode_scores(latents, query, group.padding).softmax(dim=1)  # [d, L, N]
+            weights = self._decode_scores(latents, query, group.padding, kv_cache.workspace).softmax(dim=1)  # [d, L, N]
             torch.bmm(weights.transpose(1, 2), latents[..., : self._kv_lora_rank], out=mixed.transpose(0, 1))
             return
         state = RunningSoftmax.empty(query.shape[0], self._num_heads, self._kv_lora_rank)
@@ -129,13 +127,15 @@ class BlockwiseAttention:
             run = None if group.run is None else group.run + start
             latents = kv_cache.read(layer, group.slots[:, keys], run)
             padding = None if group.padding is None else group.padding[:, keys]
-            scores = self._decode_scores(latents, query, padding)
+            scores = self._decode_scores(latents, query, padding, kv_cache.workspace)
             state.add(scores.transpose(1, 2), latents[..., : self._kv_lora_rank])
         state.finish(mixed.transpose(0, 1))
 
-    def _decode_scores(self, latents: torch.Tensor, query: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+    def _decode_scores(
+        self, latents: torch.Tensor, query: torch.Tensor, padding: torch.Tensor | None, workspace: Workspace
+    ) -> torch.Tensor:
         """[d, B, N], keys first: the long side as rows makes the faster product."""
-        scores = self._scores.take(latents.shape[0], latents.shape[1], self._num_heads)
+        scores = workspace.scores.take(latents.shape[0], latents.shape[1], self._num_heads)
         scores.baddbmm_(latents, query, beta=0, alpha=self._scale)
         if padding is not None:
             scores.masked_fill_(padding[..., None], float("-inf"))
@@ -159,14 +159,18 @@ class BlockwiseAttention:
             kv_c, k_pe = torch.split(latents, [self._kv_lora_rank, self._rope_dim], dim=-1)
             for heads in self._head_groups(queries.shape[0], stop - start):
                 count = heads.stop - heads.start
-                key = self._keys.take(count, stop - start, self._nope_dim + self._rope_dim)  # [n, B, P + O]
-                value = self._values.take(count, stop - start, self._v_dim)  # [n, B, V]
+                key = kv_cache.workspace.keys.take(
+                    count, stop - start, self._nope_dim + self._rope_dim
+                )  # [n, B, P + O]
+                value = kv_cache.workspace.values.take(count, stop - start, self._v_dim)  # [n, B, V]
                 context = kv_c.expand(count, -1, -1)
                 torch.bmm(context, up.w_uk[heads].transpose(1, 2), out=key[..., : self._nope_dim])
                 key[..., self._nope_dim :] = k_pe
                 torch.bmm(context, up.w_uv[heads], out=value)
                 everything = slice(0, queries.shape[0])
-                self._attend_block(by_head[heads], key, value, start - span.past, state.part(heads, everything))
+                self._attend_block(
+                    by_head[heads], key, value, start - span.past, state.part(heads, everything), kv_cache.workspace
+                )
         state.finish(out.transpose(0, 1))
 
     def _absorbed(
@@ -186,7 +190,9 @@ class BlockwiseAttention:
                 key = latents.expand(heads.stop - heads.start, -1, -1)
                 everything = slice(0, queries.shape[0])
                 part = state.part(heads, everything)
-                self._attend_block(absorbed[heads], key, key[..., : self._kv_lora_rank], start - span.past, part)
+                self._attend_block(
+                    absorbed[heads], key, key[..., : self._kv_lora_rank], start - span.past, part, kv_cache.workspace
+                )
         mixed = torch.empty_like(state.weighted)  # [N, Q, R]
         state.finish(mixed)
         torch.bmm(mixed, up.w_uv, out=out.transpose(0, 1))
@@ -205,6 +211,7 @@ class BlockwiseAttention:
         value: torch.Tensor,  # [n, B, V]
         offset: int,  # of the first key from the first query: below 0 in the past, which every query sees
         state: RunningSoftmax,
+        workspace: Workspace,
     ) -> None:
         """Takes one block into the state, tile by tile. A block with an offset below 0 must end before 0."""
         heads, new, width = query.shape[0], query.shape[1], key.shape[1]
@@ -214,7 +221,7 @@ class BlockwiseAttention:
                 columns = slice(begin, min(begin + _TILE, width))
                 if offset >= 0 and offset + columns.start >= rows.stop:
                     break  # later than each of these queries
-                scores = self._scores.take(heads, rows.stop - rows.start, columns.stop - columns.start)
+                scores = workspace.scores.take(heads, rows.stop - rows.start, columns.stop - columns.start)
                 scores.baddbmm_(query[:, rows], key[:, columns].transpose(1, 2), beta=0, alpha=self._scale)
                 ahead = offset + columns.start - rows.start  # of the first key from the first query of the tile
                 if offset >= 0 and ahead + scores.shape[2] - 1 > 0:

@@ -25,3 +25,15 @@ class Scratch:
             with torch.inference_mode(False):
                 self._buffer = torch.empty(count, dtype=self._buffer.dtype, device=self._buffer.device)
         return self._buffer[:count].view(shape)
+
+
+class Workspace:
+    """What attention on a CPU computes in, beside a cache: float32, used by all layers in turn."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.latents, self.scores, self.keys, self.values = (Scratch(torch.float32, device) for _ in range(4))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(scratch.nbytes for scratch in (self.latents, self.scores, self.keys, self.values))

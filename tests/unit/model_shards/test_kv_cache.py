@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model_shards.kv_cache import LatentKVCache, bytes_per_block
+from model_shards.quantization import Quantization
 from tests.reference import CPU, make_hf_config, model_config_of
 
 CONFIG = model_config_of(make_hf_config())  # kv_lora_rank 32, qk_rope_head_dim 8
@@ -56,8 +57,9 @@ def test_latents_are_stored_in_the_dtype_of_the_cache() -> None:
 
 def test_bytes_per_block_is_what_a_block_takes() -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        cache = LatentKVCache(CONFIG, 7, 4, dtype, CPU)
-        assert bytes_per_block(CONFIG, 4, dtype) * 7 == cache.data.nbytes
+        for quantization in (None, *Quantization):
+            cache = LatentKVCache(CONFIG, 7, 4, dtype, CPU, quantization)
+            assert bytes_per_block(CONFIG, 4, dtype, quantization) * 7 == cache.data.nbytes
 
 
 def test_nothing_written_writes_nothing() -> None:

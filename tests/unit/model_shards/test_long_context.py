@@ -87,4 +87,6 @@ def test_scratch_does_not_grow_with_the_context(
     prefilled: tuple[LatentKVCache, dict[int, torch.Tensor]],
 ) -> None:
     cache, _ = prefilled
-    assert cache.scratch_bytes <= 1024 * MODEL.config.latent_dim * (4 + 4)
+    config = MODEL.config
+    expanded = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    assert cache.scratch_bytes <= 4 * (2 * 1024 * config.latent_dim + 4096 * expanded + 512 * 512)
