@@ -1,10 +1,11 @@
 """Milliseconds of one layer's attention of many decodes on one thread, with random weights and scattered cache blocks.
 
-python -m benchmarks.attention [--dtype bfloat16] [--case DECODES,CONTEXT ...]
+python -m benchmarks.attention [--dtype bfloat16] [--kv-cache-dtype int8] [--case DECODES,CONTEXT ...]
 
 `linear` is the time of the four projections alone (q_a, q_b, kv_a, o), which is part of `layer`.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from model_shards.batch import AttentionBatch
 from model_shards.config import ModelConfig, RopeConfig
 from model_shards.kv_cache import LatentKVCache
 from model_shards.mla import MultiHeadLatentAttention
+from model_shards.quantization import Quantization
 from model_shards.rope import RotaryEmbedding
 
 CPU = torch.device("cpu")
@@ -94,14 +96,16 @@ def median_ms(work: Callable[[int], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def measure(decodes: int, context: int, dtype: torch.dtype) -> str:
+def measure(decodes: int, context: int, dtype: torch.dtype, quantization: Quantization | None) -> str:
     """One line."""
     torch.manual_seed(0)
     layers = [random_layer(CONFIG, dtype) for _ in range(_LAYERS)]
     batch = decode_batch(decodes, context)
-    cache = LatentKVCache(CONFIG, batch.block_tables.numel(), _BLOCK_SIZE, dtype, CPU)
+    cache = LatentKVCache(CONFIG, batch.block_tables.numel(), _BLOCK_SIZE, dtype, CPU, quantization)
+    slots = torch.arange(cache.num_blocks * _BLOCK_SIZE)
     for index in range(_LAYERS):
-        cache.layer(index).normal_()
+        kv_c, k_pe = torch.randn(len(slots), CONFIG.kv_lora_rank), torch.randn(len(slots), CONFIG.qk_rope_head_dim)
+        cache.write(index, slots, kv_c, k_pe)
     hidden = torch.randn(decodes, CONFIG.hidden_size).to(dtype)
     mixed = torch.randn(decodes, CONFIG.num_attention_heads * CONFIG.v_head_dim).to(dtype)
     rotary = RotaryEmbedding(CONFIG.rope, CONFIG.qk_rope_head_dim, CPU)(batch.positions)
@@ -119,21 +123,24 @@ def measure(decodes: int, context: int, dtype: torch.dtype) -> str:
     repeats = max(5, 20_000 // (decodes * context) * 10)
     planning = median_ms(lambda _: plan_attention(batch, _BLOCK_SIZE), 20)
     return (
-        f"{decodes:3d} decodes at {context:5d}, {dtype}: layer {median_ms(attention, repeats):8.3f} ms, "
-        f"of it linear {median_ms(linear, repeats):7.3f} ms; plan, once a step, {planning:6.3f} ms"
+        f"{decodes:3d} decodes at {context:5d}, {dtype}, cache {quantization or 'plain'}: "
+        f"layer {median_ms(attention, repeats):8.3f} ms, of it linear {median_ms(linear, repeats):7.3f} ms; "
+        f"plan, once a step, {planning:6.3f} ms"
     )
 
 
 @click.command()
 @click.option("--dtype", "dtypes", multiple=True, default=("bfloat16", "float32"), show_default=True)
+@click.option("--kv-cache-dtype", "kinds", multiple=True, default=("auto",), show_default=True)
 @click.option("--case", "cases", multiple=True, default=("32,160", "8,160", "1,64", "32,4096"), show_default=True)
-def main(dtypes: tuple[str, ...], cases: tuple[str, ...]) -> None:
+def main(dtypes: tuple[str, ...], kinds: tuple[str, ...], cases: tuple[str, ...]) -> None:
     """Measures; see the top of the file."""
     torch.set_num_threads(1)
     for dtype in dtypes:
-        for case in cases:
+        for kind, case in itertools.product(kinds, cases):
             decodes, context = (int(part) for part in case.split(","))
-            click.echo(measure(decodes, context, getattr(torch, dtype)))
+            quantization = None if kind == "auto" else Quantization(kind)
+            click.echo(measure(decodes, context, getattr(torch, dtype), quantization))
 
 
 if __name__ == "__main__":
