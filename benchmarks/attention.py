@@ -63,7 +63,9 @@ def random_layer(config: ModelConfig, dtype: torch.dtype) -> MultiHeadLatentAtte
         parameter.data.normal_(0, parameter.shape[-1] ** -0.5)
         if "norm" in name:
             parameter.data.fill_(1)
-    layer.prepare()
+    layer.lay_out_up_projections()
+    for projection in (layer.q_a_proj, layer.q_b_proj, layer.kv_a_proj_with_mqa, layer.o_proj):
+        projection.lay_out()
     return layer
 
 

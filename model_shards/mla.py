@@ -16,7 +16,7 @@ from model_shards.attention_core import choose_core
 from model_shards.attention_plan import AttentionPlan
 from model_shards.config import ModelConfig
 from model_shards.kv_cache import LatentKVCache
-from model_shards.linear import FrozenLinear
+from model_shards.linear import FrozenLinear, release
 from model_shards.norm import LATENT_NORM_EPS, RMSNorm
 from model_shards.rope import apply_rotary
 from model_shards.up_projection import UpProjections
@@ -49,14 +49,14 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = FrozenLinear(self.kv_lora_rank, kv_out, dtype, device)
         self.o_proj = FrozenLinear(self.num_heads * self.v_dim, hidden, dtype, device, bias)
 
-    def prepare(self) -> None:
-        """Lays out the up-projections once for all steps to come; whoever fills the weights calls it after.
+    def lay_out_up_projections(self) -> None:
+        """Lays W_UK and W_UV out for all steps to come, once, after the weights were filled.
 
-        On a CPU they are copied in float32 beside `kv_b_proj`: of a bf16 model all of it, 4 bytes an element, of a
-        float32 one the part that is W_UV. Without it each call makes the copy for itself. A weight changed later needs
-        another call.
+        On a CPU in float32, whatever the dtype. `kv_b_proj` has no elements afterwards. Before, each call makes the
+        layout for itself.
         """
-        self._up = self._core.lay_out(self.kv_b_proj.weight)
+        self._up = self._core.lay_out(self.kv_b_proj.weight.data)
+        release(self.kv_b_proj.weight)
 
     def forward(
         self,
@@ -80,8 +80,10 @@ class MultiHeadLatentAttention(nn.Module):
         return projected
 
     def _queries(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[T, N * (P + O)]."""
+        """[T, N * (P + O)], not narrower than hidden."""
         queries: torch.Tensor = (
-            self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden))) if self.q_lora else self.q_proj(hidden)
+            self.q_b_proj.product(self.q_a_layernorm(self.q_a_proj(hidden)))
+            if self.q_lora
+            else self.q_proj.product(hidden)
         )
         return queries

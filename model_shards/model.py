@@ -77,11 +77,6 @@ class AttentionModel(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = FrozenLinear(config.hidden_size, config.vocab_size, dtype, device)
 
-    def prepare(self) -> None:
-        """Lays out what every step multiplies by; whoever fills the weights calls it after, or each step does it."""
-        for layer in self.model.decoder_layers:
-            layer.self_attn.prepare()
-
     def forward_steps(
         self, batch: AttentionBatch, kv_cache: LatentKVCache, routed: RoutedExperts
     ) -> Generator[None, None, torch.Tensor]:
@@ -116,8 +111,10 @@ class AttentionModel(nn.Module):
 
     def lay_out(self) -> None:
         """Lays the matrices out for this device, once, after they were filled; `hf_slices` is of no use then."""
+        for layer in self.model.decoder_layers:
+            layer.self_attn.lay_out_up_projections()
         for name, module in self.named_modules():
-            # Attention takes W_UK and W_UV apart (model_shards/mla.py).
+            # Attention took W_UK and W_UV apart.
             if isinstance(module, FrozenLinear) and not name.endswith("kv_b_proj"):
                 module.lay_out()
 

@@ -48,7 +48,6 @@ def load_attention_model(
     _check_room(attention_slice_bytes(config, dtype) + reserved_bytes, device, what)
     model = AttentionModel(config, dtype, device)
     _fill(model.hf_slices(), tensors, progress)
-    model.prepare()
     return model
 
 

@@ -26,7 +26,6 @@ TOKENS, CHUNK = 11_000, 512
 HF_CONFIG = make_hf_config(q_lora_rank=24, rope_parameters=YARN_ROPE, max_position_embeddings=163_840)
 HF_MODEL = random_hf_model(HF_CONFIG, seed=31)
 MODEL = attention_model_of(HF_MODEL)
-MODEL.prepare()
 ROUTED = ShardExperts(expert_shard_of(HF_MODEL))
 TOKEN_IDS = random_tokens(131, TOKENS, seed=32)
 

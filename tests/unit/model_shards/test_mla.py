@@ -36,7 +36,7 @@ def model_on(core: str) -> AttentionModel:
     for layer in model.model.decoder_layers:
         if core == "fused":
             layer.self_attn._core = FusedAttention(model.config)
-        layer.self_attn.prepare()
+        layer.self_attn.lay_out_up_projections()
     return model
 
 
@@ -63,8 +63,8 @@ def test_absorbed_equals_expanded_for_the_same_token(model: AttentionModel, cont
 
 def test_weights_laid_out_once_or_at_each_call_give_the_same() -> None:
     batch = single_sequence_batch(random_tokens(131, 20, seed=1), 4)
-    unprepared = run_steps(attention_model_of(REFERENCE), batch, new_cache(5), ROUTED)
-    assert torch.equal(unprepared, run_steps(MODEL, batch, new_cache(5), ROUTED))
+    before = run_steps(attention_model_of(REFERENCE), batch, new_cache(5), ROUTED)
+    assert torch.equal(before, run_steps(MODEL, batch, new_cache(5), ROUTED))
 
 
 @pytest.mark.parametrize("limit", [1, 1 << 10, 1 << 28])
