@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from concurrent.futures import Future
 from pathlib import Path
 
-from cluster.device import local_device, torch_dtype
+from cluster.device import kv_quantization, local_device, torch_dtype
 from cluster.engine import Engine
 from cluster.epoch_thread import EpochEnd, EpochThread, OnEpochEnd
 from cluster.logs import log_event
@@ -43,10 +43,11 @@ class AttentionReplica:
         directory = Path(spec.model_directory)
         config = load_model_config(directory)
         dtype = torch_dtype(spec)
-        kv_cache_bytes = spec.limits.num_blocks * bytes_per_block(config, spec.limits.block_size, dtype)
+        quantization = kv_quantization(spec)
+        kv_cache_bytes = spec.limits.num_blocks * bytes_per_block(config, spec.limits.block_size, dtype, quantization)
         model = load_attention_model(directory, config, dtype, device, progress, kv_cache_bytes)
         model.lay_out()
-        cache = LatentKVCache(config, spec.limits.num_blocks, spec.limits.block_size, dtype, device)
+        cache = LatentKVCache(config, spec.limits.num_blocks, spec.limits.block_size, dtype, device, quantization)
         engine = Engine(config, model, cache, spec.limits)
         self._spec = spec
         self._loop = loop

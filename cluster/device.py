@@ -7,6 +7,7 @@ import torch
 from cluster.spec import CellSpec
 from cluster.topology import Role, Topology
 from model_shards.errors import ConfigError
+from model_shards.quantization import Quantization
 
 # What a rank's process needs in its environment before it loads torch: an OpenMP thread that has nothing to do sleeps.
 # By default it spins for a while, on a core that another rank is waiting for.
@@ -20,6 +21,16 @@ def torch_dtype(spec: CellSpec) -> torch.dtype:
     if spec.dtype not in _DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}, got {spec.dtype!r}")
     return _DTYPES[spec.dtype]
+
+
+def kv_quantization(spec: CellSpec) -> Quantization | None:
+    """How the latent cache is stored; None for the model's own dtype. Raises ConfigError for an unknown way."""
+    if spec.kv_cache_dtype == "auto":
+        return None
+    known = tuple(kind.value for kind in Quantization)
+    if spec.kv_cache_dtype not in known:
+        raise ConfigError(f"kv_cache_dtype must be one of auto, {', '.join(known)}, got {spec.kv_cache_dtype!r}")
+    return Quantization(spec.kv_cache_dtype)
 
 
 def local_device(spec: CellSpec, role: Role, index: int) -> torch.device:

@@ -24,6 +24,7 @@ class CellSpec:
     exchange_timeout_s: float = 60.0
     log_level: str = "INFO"
     expert_resource: str | None = None  # a custom Ray resource that expert actors ask 1 of
+    kv_cache_dtype: str = "auto"  # "auto": the model's dtype | "int8" | "fp8"
     data_backend: str | None = None  # one of process_group.BACKENDS; None: what the device is made for
 
     @property

@@ -8,6 +8,7 @@ from cluster.topology import Topology
 from deploy.config import ShoalSettings
 from model_shards.config import ModelConfig, load_model_config
 from model_shards.errors import ConfigError
+from model_shards.latent_row import row_bytes
 
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -46,13 +47,14 @@ def build_cell_spec(settings: ShoalSettings) -> CellSpec:
         exchange_timeout_s=cell.exchange_timeout_s,
         log_level=settings.log.level,
         expert_resource=settings.ray.expert_resource,
+        kv_cache_dtype=engine.kv_cache_dtype,
         data_backend=None if cell.transport == "auto" else cell.transport,
     )
 
 
-def kv_bytes_per_token(config: ModelConfig, dtype: str) -> int:
+def kv_bytes_per_token(config: ModelConfig, dtype: str, kv_cache_dtype: str) -> int:
     """Latent cache of one token in all layers, in bytes."""
-    return config.num_hidden_layers * config.latent_dim * _ELEMENT_BYTES[dtype]
+    return config.num_hidden_layers * row_bytes(config, _ELEMENT_BYTES[dtype], kv_cache_dtype != "auto")
 
 
 def _num_blocks(settings: ShoalSettings, config: ModelConfig) -> int:
@@ -62,7 +64,7 @@ def _num_blocks(settings: ShoalSettings, config: ModelConfig) -> int:
     else:
         assert engine.kv_cache_memory_gb is not None, "ShoalConfig.load fills one of the two"
         budget = int(engine.kv_cache_memory_gb * 2**30)
-        tokens = budget // kv_bytes_per_token(config, settings.cell.dtype)
+        tokens = budget // kv_bytes_per_token(config, settings.cell.dtype, engine.kv_cache_dtype)
     blocks = tokens // engine.block_size
     if blocks < 1:
         raise ConfigError(

@@ -70,6 +70,7 @@ class EngineSettings:
     kv_cache_memory_gb: Annotated[float, Field(strict=True, gt=0)] | None = (
         None  # or this (GiB); null: 0.25 cpu, 8 cuda
     )
+    kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto"  # auto: cell.dtype; else kv_c in 1 byte an element
     prefix_cache: Annotated[bool, Field(strict=True)] = True  # a prompt's begin that was computed before is not again
 
 

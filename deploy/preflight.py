@@ -160,7 +160,7 @@ def cell_needs(settings: ShoalSettings) -> CellNeeds:
     return CellNeeds(
         attention_replicas=spec.topology.num_attention,
         attention_slice=attention_slice_bytes(config, dtype),
-        kv_cache=tokens * kv_bytes_per_token(config, spec.dtype),
+        kv_cache=tokens * kv_bytes_per_token(config, spec.dtype, spec.kv_cache_dtype),
         expert_slices=tuple(
             expert_slice_bytes(config, len(experts), dtype, quantization) for experts in placement.shards
         ),

@@ -4,16 +4,27 @@ Shapes: T tokens, D decodes in a group, L longest context of a group, C context 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from model_shards.batch import AttentionBatch
 
-# Padding of a decode group may reach its own size again, or this many rows, whichever is more: enough for one
-# group in the usual batch, and a single long context never makes short ones as long as itself.
-_PADDED_ROWS_TOLERATED = 16_384
-# Rows gathered at once by one group (150 MB in bf16 with 576 elements a row); one longer context stands alone.
-_GATHERED_ROWS_LIMIT = 131_072
+
+@dataclass(frozen=True)
+class GroupLimits:
+    """How far decodes are put together: padding of a group may reach its own size again, or `tolerated` rows, whichever
+    is more, and never more than `gathered` rows in all; one longer context stands alone."""
+
+    tolerated: int
+    gathered: int
+
+
+# Few large products: one group in the usual batch, and a single long context never makes short ones as long as itself.
+# At most 150 MB in bf16 with 576 elements a row.
+DEVICE_LIMITS = GroupLimits(tolerated=16_384, gathered=131_072)
+# What stays in the second-level cache between the two products that read it (512 rows of 576 float32: 1.2 MB).
+CPU_LIMITS = GroupLimits(tolerated=512, gathered=512)
 
 
 @dataclass(frozen=True)
@@ -22,7 +33,8 @@ class DecodeGroup:
 
     rows: torch.Tensor  # [D] int64, tokens of the micro-batch
     slots: torch.Tensor  # [D, L] int64; past the context the sequence's own last slot is repeated
-    padding: torch.Tensor  # [D, L] bool, True past the context
+    padding: torch.Tensor | None  # [D, L] bool, True past the context; None when all are as long
+    run: int | None  # the first slot, when there is one sequence and its slots lie together
 
 
 @dataclass(frozen=True)
@@ -32,7 +44,24 @@ class PrefillSpan:
     start: int
     stop: int
     slots: torch.Tensor  # [C] int64
-    visible: torch.Tensor | None  # [Q, C] bool; None when the chunk is the whole context (plain causal)
+
+    @property
+    def context(self) -> int:
+        """C."""
+        return int(self.slots.shape[0])
+
+    @property
+    def past(self) -> int:
+        """C - Q, the tokens that were in the cache before."""
+        return self.context - (self.stop - self.start)
+
+    @cached_property
+    def visible(self) -> torch.Tensor | None:
+        """[Q, C] bool; None when the chunk is the whole context (plain causal). Made when first asked for, and kept."""
+        if not self.past:
+            return None
+        positions = torch.arange(self.context, device=self.slots.device)
+        return positions[None] <= positions[self.past :, None]
 
 
 @dataclass(frozen=True)
@@ -41,27 +70,31 @@ class AttentionPlan:
 
     decodes: tuple[DecodeGroup, ...]
     prefills: tuple[PrefillSpan, ...]
+    num_decodes: int
+    decode_order: torch.Tensor | None  # [D] int64, the rows of all groups end to end; None when they are 0, 1, 2, ...
 
 
 def plan_attention(batch: AttentionBatch, block_size: int) -> AttentionPlan:
     """Turns block tables into slots; copies a few small index tensors to the device."""
-    decodes = tuple(
-        _decode_group(batch, group, block_size) for group in group_by_length(batch.context_lens[: batch.num_decodes])
-    )
+    limits = CPU_LIMITS if batch.block_tables.device.type == "cpu" else DEVICE_LIMITS
+    groups = group_by_length(batch.context_lens[: batch.num_decodes], limits)
+    decodes = tuple(_decode_group(batch, group, block_size) for group in groups)
     prefills = tuple(
         _prefill_span(batch, sequence, block_size) for sequence in range(batch.num_decodes, len(batch.context_lens))
     )
-    return AttentionPlan(decodes, prefills)
+    in_order = [row for group in groups for row in group] == list(range(batch.num_decodes))
+    order = None if in_order else torch.cat([group.rows for group in decodes])
+    return AttentionPlan(decodes, prefills, batch.num_decodes, order)
 
 
-def group_by_length(lengths: tuple[int, ...]) -> list[list[int]]:
+def group_by_length(lengths: tuple[int, ...], limits: GroupLimits) -> list[list[int]]:
     """Cuts indices, shortest first, into groups whose padding is bounded; each index is in exactly one group."""
     groups: list[list[int]] = []
     total = 0
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         length = lengths[index]
         padded = (len(groups[-1]) + 1) * length if groups else 0
-        tolerated = min(max(2 * (total + length), _PADDED_ROWS_TOLERATED), _GATHERED_ROWS_LIMIT)
+        tolerated = min(max(2 * (total + length), limits.tolerated), limits.gathered)
         if groups and padded <= tolerated:
             groups[-1].append(index)
             total += length
@@ -74,21 +107,29 @@ def group_by_length(lengths: tuple[int, ...]) -> list[list[int]]:
 def _decode_group(batch: AttentionBatch, sequences: list[int], block_size: int) -> DecodeGroup:
     device = batch.block_tables.device
     rows = torch.tensor(sequences, dtype=torch.int64, device=device)  # decode i is token i
-    lengths = torch.tensor([batch.context_lens[i] for i in sequences], dtype=torch.int64, device=device)[:, None]
-    positions = torch.arange(max(batch.context_lens[i] for i in sequences), device=device)[None]  # [1, L]
+    contexts = [batch.context_lens[i] for i in sequences]
+    lengths = torch.tensor(contexts, dtype=torch.int64, device=device)[:, None]
+    positions = torch.arange(max(contexts), device=device)[None]  # [1, L]
     # Repeating the own last slot keeps other sequences' values (block 0 of the padded table) out of reach.
     own = torch.minimum(positions, lengths - 1)  # [D, L]
     blocks = batch.block_tables[rows].gather(1, own // block_size)
-    return DecodeGroup(rows, blocks * block_size + own % block_size, positions >= lengths)
+    slots = blocks * block_size + own % block_size
+    padding = None if len(set(contexts)) == 1 else positions >= lengths
+    return DecodeGroup(rows, slots, padding, _run_of(slots))
+
+
+def _run_of(slots: torch.Tensor) -> int | None:
+    """The first of `slots` [1, L] if each is the one before and one; only asked on a CPU, where it costs no sync."""
+    if slots.shape[0] != 1 or slots.device.type != "cpu":
+        return None
+    first = int(slots[0, 0])
+    together = int(slots[0, -1]) - first == slots.shape[1] - 1 and bool((slots[0].diff() == 1).all())
+    return first if together else None
 
 
 def _prefill_span(batch: AttentionBatch, sequence: int, block_size: int) -> PrefillSpan:
     device = batch.block_tables.device
     start, stop = batch.cu_seqlens_q[sequence], batch.cu_seqlens_q[sequence + 1]
-    context = batch.context_lens[sequence]
-    positions = torch.arange(context, device=device)  # [C]
+    positions = torch.arange(batch.context_lens[sequence], device=device)  # [C]
     slots = batch.block_tables[sequence][positions // block_size] * block_size + positions % block_size
-    visible = None
-    if stop - start < context:
-        visible = positions[None] <= positions[context - (stop - start) :, None]
-    return PrefillSpan(start, stop, slots, visible)
+    return PrefillSpan(start, stop, slots)

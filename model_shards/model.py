@@ -87,7 +87,7 @@ class AttentionModel(nn.Module):
         as `PendingCombine.wait` does.
         """
         plan = plan_attention(batch, kv_cache.block_size)
-        rotary: tuple[torch.Tensor, torch.Tensor] = self.model.rotary(batch.positions)
+        rotary: torch.Tensor = self.model.rotary(batch.positions)
         hidden: torch.Tensor = self.model.embed_tokens(batch.token_ids)  # [T, H]
         for index, layer in enumerate(self.model.decoder_layers):
             normed = layer.input_layernorm(hidden)
@@ -111,8 +111,10 @@ class AttentionModel(nn.Module):
 
     def lay_out(self) -> None:
         """Lays the matrices out for this device, once, after they were filled; `hf_slices` is of no use then."""
+        for layer in self.model.decoder_layers:
+            layer.self_attn.lay_out_up_projections()
         for name, module in self.named_modules():
-            # Attention takes W_UK and W_UV apart (model_shards/mla.py).
+            # Attention took W_UK and W_UV apart.
             if isinstance(module, FrozenLinear) and not name.endswith("kv_b_proj"):
                 module.lay_out()
 

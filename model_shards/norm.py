@@ -1,6 +1,7 @@
 """Root mean square normalisation."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from model_shards.linear import frozen_parameter
@@ -19,6 +20,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., dim] -> [..., dim]."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -40,16 +40,20 @@ class RotaryEmbedding(nn.Module):
         self.inv_freq: torch.Tensor
         self.register_buffer("inv_freq", _inverse_frequencies(rope, dim).to(device), persistent=False)
 
-    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, each [T, D / 2] float32, of int64 positions [T]."""
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        """amplitude * e^(i angle), [T, D / 2] complex64, of int64 positions [T]."""
         angles = positions.float()[:, None] * self.inv_freq  # [T, D / 2]
-        return angles.cos() * self.amplitude, angles.sin() * self.amplitude
+        return torch.complex(angles.cos() * self.amplitude, angles.sin() * self.amplitude)
 
 
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns each pair (2i, 2i + 1) of x [..., D]; cos and sin must broadcast to [..., D / 2]. Keeps x's dtype."""
-    even, odd = x.float().reshape(*x.shape[:-1], x.shape[-1] // 2, 2).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+def apply_rotary(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+    """Turns each pair (2i, 2i + 1) of x [..., D]; rotary must broadcast to [..., D / 2]. Keeps x's dtype.
+
+    A pair is a complex number, and turning it one product. x is copied: a view of odd strides is no complex tensor.
+    """
+    turned = x.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    torch.view_as_complex(turned.view(*x.shape[:-1], x.shape[-1] // 2, 2)).mul_(rotary)
+    return turned.to(x.dtype)
 
 
 def _inverse_frequencies(rope: RopeConfig, dim: int) -> torch.Tensor:

@@ -56,7 +56,9 @@ def passages(directory: Path, count: int) -> list[Passage]:
     return [Passage([*prompt, *answer], len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-def answer_logits(directory: Path, texts: list[Passage]) -> list[torch.Tensor]:
+def answer_logits(
+    directory: Path, texts: list[Passage], kv_quantization: Quantization | None = None
+) -> list[torch.Tensor]:
     """Logits [A, V] at the A positions that predict the answer's tokens, of each passage."""
     config = load_model_config(directory)
     model = load_attention_model(directory, config, torch.float32, CPU)
@@ -64,7 +66,8 @@ def answer_logits(directory: Path, texts: list[Passage]) -> list[torch.Tensor]:
     routed = ShardExperts(load_expert_shard(directory, config, experts, torch.float32, CPU))
     logits = []
     for text in texts:
-        kv_cache = LatentKVCache(config, -(-len(text.token_ids) // _BLOCK), _BLOCK, torch.float32, CPU)
+        blocks = -(-len(text.token_ids) // _BLOCK)
+        kv_cache = LatentKVCache(config, blocks, _BLOCK, torch.float32, CPU, kv_quantization)
         whole = run_steps(model, single_sequence_batch(text.token_ids, _BLOCK), kv_cache, routed)
         logits.append(whole[text.num_prompt - 1 : -1])
     return logits

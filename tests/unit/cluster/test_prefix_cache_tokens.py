@@ -13,6 +13,7 @@ from cluster.request import GenerationRequest
 from model_shards.config import load_model_config
 from model_shards.kv_cache import LatentKVCache
 from model_shards.placement import contiguous_placement
+from model_shards.quantization import Quantization
 from model_shards.weights import load_attention_model, load_expert_shard
 from tests.cells import EVERY_BRANCH, GREEDY, LIMITS
 from tests.reference import hf_greedy, make_hf_config, random_hf_model, save_checkpoint
@@ -50,8 +51,8 @@ class Cell:
             for index, prompt in enumerate(prompts)
         ]
 
-    def engine(self, limits: EngineLimits) -> Engine:
-        cache = LatentKVCache(self.config, limits.num_blocks, limits.block_size, torch.float32, CPU)
+    def engine(self, limits: EngineLimits, quantization: Quantization | None = None) -> Engine:
+        cache = LatentKVCache(self.config, limits.num_blocks, limits.block_size, torch.float32, CPU, quantization)
         return Engine(self.config, self.model, cache, limits)
 
     def compute(self, engine, step):
@@ -132,3 +133,15 @@ def test_each_request_alone_without_the_cache_has_the_same_tokens(cell):
     engine = cell.engine(dataclasses.replace(LIMITS, prefix_cache=False))
     assert serve(cell, engine, 1, {}, set()) == cell.expected
     assert engine.load().num_cached_tokens == 0
+
+
+@pytest.mark.parametrize("quantization", list(Quantization))
+def test_tokens_of_a_quantized_cache_do_not_depend_on_what_it_holds(cell, quantization):
+    alone = serve(cell, cell.engine(dataclasses.replace(LIMITS, prefix_cache=False), quantization), 1, {}, set())
+    limits = dataclasses.replace(LIMITS, **{**SMALL_CHUNKS, **TINY_CACHE})
+    engine = cell.engine(limits, quantization)
+    for _ in range(2):
+        assert serve(cell, engine, 6, {12: "r4", 24: "r6"}, set(range(5, 40, 5))) == alone
+    load = engine.load()
+    assert load.num_cached_tokens > 0
+    assert load.num_preemptions > 0

@@ -1,8 +1,10 @@
 """The paged latent cache: slots, layers and its size."""
 
+import pytest
 import torch
 
 from model_shards.kv_cache import LatentKVCache, bytes_per_block
+from model_shards.quantization import Quantization
 from tests.reference import CPU, make_hf_config, model_config_of
 
 CONFIG = model_config_of(make_hf_config())  # kv_lora_rank 32, qk_rope_head_dim 8
@@ -26,6 +28,26 @@ def test_gathered_rows_keep_the_shape_of_the_slots() -> None:
     assert rows[..., 0].tolist() == [[7, 0, 3], [1, 1, 6]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_read_in_float32_gathered_or_where_they_lie(dtype: torch.dtype) -> None:
+    cache = LatentKVCache(CONFIG, 3, 4, dtype, CPU)
+    cache.data.normal_(generator=torch.Generator().manual_seed(1))
+    together = torch.tensor([[5, 6, 7, 8]])
+    for slots, run in ((torch.tensor([[7, 0, 3], [1, 1, 6]]), None), (together, None), (together, 5)):
+        rows = cache.read(2, slots, run)
+        assert rows.dtype == torch.float32
+        assert torch.equal(rows, cache.gather(2, slots).float())
+    if dtype == torch.float32:
+        assert cache.read(2, together, 5).data_ptr() == cache.layer(2).flatten(0, 1)[5].data_ptr()
+
+
+def test_scratch_grown_under_inference_mode_is_written_outside_of_it() -> None:
+    cache = LatentKVCache(CONFIG, 3, 4, torch.bfloat16, CPU)
+    with torch.inference_mode():
+        cache.read(0, torch.tensor([1, 2]))
+    assert cache.read(0, torch.tensor([2])).shape == (1, 40)
+
+
 def test_latents_are_stored_in_the_dtype_of_the_cache() -> None:
     cache = LatentKVCache(CONFIG, 1, 4, torch.bfloat16, CPU)
     cache.write(0, torch.tensor([1]), torch.ones(1, 32), torch.ones(1, 8))
@@ -35,8 +57,9 @@ def test_latents_are_stored_in_the_dtype_of_the_cache() -> None:
 
 def test_bytes_per_block_is_what_a_block_takes() -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        cache = LatentKVCache(CONFIG, 7, 4, dtype, CPU)
-        assert bytes_per_block(CONFIG, 4, dtype) * 7 == cache.data.nbytes
+        for quantization in (None, *Quantization):
+            cache = LatentKVCache(CONFIG, 7, 4, dtype, CPU, quantization)
+            assert bytes_per_block(CONFIG, 4, dtype, quantization) * 7 == cache.data.nbytes
 
 
 def test_nothing_written_writes_nothing() -> None:

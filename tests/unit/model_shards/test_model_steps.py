@@ -12,6 +12,7 @@ from model_shards.config import load_model_config
 from model_shards.kv_cache import LatentKVCache
 from model_shards.model import AttentionModel
 from model_shards.pipeline import run_micro_batches
+from model_shards.quantization import Quantization
 from model_shards.routed import PendingCombine, RoutedExperts
 from tests.reference import (
     CPU,
@@ -139,9 +140,10 @@ def test_no_micro_batches_give_no_results() -> None:
     assert run_micro_batches([]) == []
 
 
-def test_running_a_step_again_changes_neither_logits_nor_cache() -> None:
+@pytest.mark.parametrize("quantization", [None, *Quantization])
+def test_running_a_step_again_changes_neither_logits_nor_cache(quantization: Quantization | None) -> None:
     routed = ShardExperts(expert_shard_of(REFERENCE))
-    cache = new_cache()
+    cache = LatentKVCache(MODEL.config, 8, 4, torch.float32, CPU, quantization)
     batch = single_sequence_batch(random_tokens(131, 9, 1), 4)
     first = run_steps(MODEL, batch, cache, routed)
     before = cache.data.clone()

@@ -14,6 +14,7 @@ from tests.quantization_quality import answer_logits, passages, quality
 DIRECTORY = default_model_directory()
 TEXTS = passages(DIRECTORY, 8)
 LOGIT_ERROR = {Quantization.INT8: 0.06, Quantization.FP8: 0.18}
+CACHE_LOGIT_ERROR = {Quantization.INT8: 0.06, Quantization.FP8: 0.18}
 PERPLEXITY_CHANGE = {Quantization.INT8: 0.02, Quantization.FP8: 0.05}
 
 
@@ -38,4 +39,11 @@ def test_quantized_logits_and_perplexity_stay_near_those_of_the_source(
     cut_checkpoint(DIRECTORY, out, quantization)
     measured = quality(reference, answer_logits(out, TEXTS), TEXTS)
     assert 0 < measured.logit_error < LOGIT_ERROR[quantization]
+    assert abs(measured.perplexity / measured.reference_perplexity - 1) < PERPLEXITY_CHANGE[quantization]
+
+
+@pytest.mark.parametrize("quantization", list(Quantization))
+def test_a_quantized_cache_stays_near_a_plain_one(reference: list[torch.Tensor], quantization: Quantization) -> None:
+    measured = quality(reference, answer_logits(DIRECTORY, TEXTS, quantization), TEXTS)
+    assert 0 < measured.logit_error < CACHE_LOGIT_ERROR[quantization]
     assert abs(measured.perplexity / measured.reference_perplexity - 1) < PERPLEXITY_CHANGE[quantization]

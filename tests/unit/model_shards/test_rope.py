@@ -27,15 +27,23 @@ POSITIONS = torch.tensor([0, 1, 17, 4095, 4096, 60_000, 163_839])
 def test_angles_equal_those_of_transformers(rope: dict[str, object], dim: int) -> None:
     hf_config = make_hf_config(rope_parameters=rope, qk_rope_head_dim=dim, max_position_embeddings=163840)
     expected = DeepseekV2RotaryEmbedding(hf_config)(torch.zeros(1), POSITIONS[None])[0]
-    cos, sin = RotaryEmbedding(model_config_of(hf_config).rope, dim, CPU)(POSITIONS)
-    torch.testing.assert_close(torch.complex(cos, sin), expected, rtol=1e-4, atol=1e-4)
+    rotary = RotaryEmbedding(model_config_of(hf_config).rope, dim, CPU)(POSITIONS)
+    torch.testing.assert_close(rotary, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_neighbouring_dimensions_turn_as_a_pair() -> None:
     x = torch.tensor([[1.0, 0.0, 0.0, 1.0]])
     angle = torch.tensor([[math.pi / 2, math.pi]])
-    turned = apply_rotary(x, angle.cos(), angle.sin())
+    turned = apply_rotary(x, torch.polar(torch.ones(1, 2), angle))
     torch.testing.assert_close(turned, torch.tensor([[0.0, 1.0, 0.0, -1.0]]), rtol=0, atol=1e-6)
+
+
+def test_a_part_of_a_row_with_odd_strides_turns_alike_and_stays_as_it_was() -> None:
+    whole = torch.randn(3, 7, generator=torch.Generator().manual_seed(1))
+    part, before = whole[:, 1:5], whole.clone()
+    rotary = torch.polar(torch.ones(3, 2), torch.tensor([[0.3, 1.0], [2.0, 3.0], [4.0, 5.0]]))
+    assert torch.equal(apply_rotary(part, rotary), apply_rotary(part.clone(), rotary))
+    assert torch.equal(whole, before)
 
 
 def test_products_depend_on_the_distance_of_positions_alone() -> None:
@@ -44,9 +52,8 @@ def test_products_depend_on_the_distance_of_positions_alone() -> None:
     q, k = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(0))
 
     def product(q_position: int, k_position: int) -> torch.Tensor:
-        return (
-            apply_rotary(q, *rotary(torch.tensor([q_position]))) * apply_rotary(k, *rotary(torch.tensor([k_position])))
-        ).sum()
+        turned_q = apply_rotary(q, rotary(torch.tensor([q_position])))
+        return (turned_q * apply_rotary(k, rotary(torch.tensor([k_position])))).sum()
 
     torch.testing.assert_close(product(9, 4), product(105, 100), rtol=1e-4, atol=1e-4)
 
@@ -55,8 +62,8 @@ def test_only_one_of_the_two_mscales_follows_the_published_code() -> None:
     config = model_config_of(make_hf_config(rope_parameters=YARN_ROPE))
     assert config.rope.yarn is not None
     one_sided = replace(config.rope, yarn=replace(config.rope.yarn, mscale_all_dim=0.0))
-    cos, _ = RotaryEmbedding(one_sided, 8, CPU)(torch.tensor([0]))
-    torch.testing.assert_close(cos, torch.full((1, 4), 0.1 * 0.707 * math.log(40) + 1))
+    rotary = RotaryEmbedding(one_sided, 8, CPU)(torch.tensor([0]))
+    torch.testing.assert_close(rotary.real, torch.full((1, 4), 0.1 * 0.707 * math.log(40) + 1))
 
 
 def test_mscale_all_dim_sharpens_the_softmax() -> None:
