@@ -2,11 +2,11 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from pathlib import Path
 
-from cluster.device import kv_quantization, local_device, torch_dtype
+from cluster.device import kv_quantization, local_device, torch_dtype, use_threads
 from cluster.engine import Engine
 from cluster.epoch_thread import EpochEnd, EpochThread, OnEpochEnd
 from cluster.logs import log_event
@@ -39,7 +39,7 @@ class AttentionReplica:
         rejoin_timeout_s: float = 120.0,
         progress: Progress | None = None,
     ) -> None:
-        device = local_device(spec, Role.ATTENTION, device_index)
+        device = local_device(spec, device_index)
         directory = Path(spec.model_directory)
         config = load_model_config(directory)
         dtype = torch_dtype(spec)
@@ -59,7 +59,7 @@ class AttentionReplica:
         self._lost: str | None = None  # it ran out, with this to say, and no epoch was joined since
         self._closing = False
         self._step_loop = StepLoop(engine, config, dtype, device, spec.limits.num_micro_batches, self._cross)
-        self._thread = EpochThread("step-loop", self._step_loop.run_epoch, self._epoch_ended)
+        self._thread = EpochThread("step-loop", self._run_epoch, self._epoch_ended)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepOutput, None]:
         """Streams a request's tokens; ends after the output with a finish reason.
@@ -120,6 +120,11 @@ class AttentionReplica:
         ended = await asyncio.to_thread(self._thread.close, timeout_s)
         self._rendezvous.clear()
         return ended
+
+    def _run_epoch(self, membership: Membership, global_rank: int, on_joined: Callable[[], None]) -> None:
+        """The step thread's."""
+        use_threads(self._spec, Role.ATTENTION)
+        self._step_loop.run_epoch(membership, global_rank, on_joined)
 
     def _cross(self, events: StepEvents) -> None:
         """From the step thread: one message per step for all streams."""

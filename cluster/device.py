@@ -9,9 +9,9 @@ from cluster.topology import Role, Topology
 from model_shards.errors import ConfigError
 from model_shards.quantization import Quantization
 
-# What a rank's process needs in its environment before it loads torch: an OpenMP thread that has nothing to do sleeps.
-# By default it spins for a while, on a core that another rank is waiting for.
-RANK_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+# What a rank's process needs in its environment before it loads torch. An OpenMP thread that has nothing to do spins
+# for as long as the step's next product is usually in coming, and then sleeps: a rank of the other role needs its core.
+RANK_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -33,18 +33,25 @@ def kv_quantization(spec: CellSpec) -> Quantization | None:
     return Quantization(spec.kv_cache_dtype)
 
 
-def local_device(spec: CellSpec, role: Role, index: int) -> torch.device:
+def local_device(spec: CellSpec, index: int) -> torch.device:
     """The device of the `index`-th rank of this host. NCCL wants a GPU per rank; over gloo ranks may share one.
 
-    On CPU it also fixes this process's threads. Raises ConfigError when there is no device.
+    Raises ConfigError when there is none.
     """
     if spec.device == "cpu":
-        torch.set_num_threads(num_threads(spec.topology, role, len(os.sched_getaffinity(0))))
+        # Until `use_threads`. A second thread that OpenMP holds would for good count against those of the step.
+        torch.set_num_threads(1)
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if count == 0 or (spec.backend == "nccl" and index >= count):
         raise ConfigError(f"rank {index} of this host needs its own GPU, {count} are visible")
     return torch.device("cuda", index % count)
+
+
+def use_threads(spec: CellSpec, role: Role) -> None:
+    """Gives the calling thread, the one that computes the steps, its share of this host's cores."""
+    if spec.device == "cpu":
+        torch.set_num_threads(num_threads(spec.topology, role, len(os.sched_getaffinity(0))))
 
 
 def num_threads(topology: Topology, role: Role, num_cores: int) -> int:

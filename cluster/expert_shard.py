@@ -5,7 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
-from cluster.device import local_device, torch_dtype
+from cluster.device import local_device, torch_dtype, use_threads
 from cluster.dispatch import make_expert_dispatcher
 from cluster.epoch_session import LeaveFlag, open_session
 from cluster.epoch_thread import EpochThread, OnEpochEnd
@@ -32,7 +32,7 @@ class ExpertShard:
         progress: Progress | None = None,
     ) -> None:
         self._spec = spec
-        self._device = local_device(spec, Role.EXPERT, device_index)
+        self._device = local_device(spec, device_index)
         self._dtype = torch_dtype(spec)
         directory = Path(spec.model_directory)
         self._config = load_model_config(directory)
@@ -63,6 +63,7 @@ class ExpertShard:
         return self._thread.close(timeout_s)
 
     def _run_epoch(self, membership: Membership, global_rank: int, on_joined: Callable[[], None]) -> None:
+        use_threads(self._spec, Role.EXPERT)
         num_micro_batches = self._spec.limits.num_micro_batches
         num_moe_layers = len(self._config.moe_layers)
         with open_session(
