@@ -5,13 +5,14 @@ import hmac
 import itertools
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Self, cast
 
 from google.protobuf.message import DecodeError
 
 from cluster.link import link_pb2 as pb
+from cluster.link.pace import chunk_interval_s
 from cluster.link.sockets import bound_silence
 from cluster.link.wire import FrameReader, LinkAddress, ProtocolError, StreamAddress, output_of
 from cluster.logs import log_event
@@ -55,7 +56,7 @@ class OutputLink:
     def open_stream(self, request_id: str) -> Iterator["OutputStream"]:
         """A stream that outputs reach while the block runs; later ones are dropped."""
         number = next(self._numbers)
-        stream = self._streams[number] = OutputStream(request_id, StreamAddress(self.address, number))
+        stream = self._streams[number] = OutputStream(request_id, StreamAddress(self.address, number), self._interval_s)
         try:
             yield stream
         finally:
@@ -68,6 +69,9 @@ class OutputLink:
         for replica in list(self._replicas):
             replica.abort()
         await self._server.wait_closed()
+
+    def _interval_s(self) -> float:
+        return chunk_interval_s(len(self._streams))
 
     # --- called by connections
 
@@ -94,17 +98,22 @@ class OutputLink:
 class OutputStream:
     """The outputs of one request. They come over the link; how the request ended, the call that started it tells."""
 
-    def __init__(self, request_id: str, address: StreamAddress) -> None:
+    def __init__(self, request_id: str, address: StreamAddress, interval_s: Callable[[], float]) -> None:
+        """`interval_s` tells how long outputs gather after one was read."""
         self.request_id = request_id
         self.address = address
+        self._interval_s = interval_s
         self._queue: OutputQueue = asyncio.Queue()
+        self._has_end = asyncio.Event()  # nothing comes behind what is in the queue
 
-    def put(self, output: StepOutput) -> None:
-        """An output has come."""
+    def put(self, output: StepOutput | Exception) -> None:
+        """An output has come, or an error ends the stream."""
         self._queue.put_nowait(output)
+        if isinstance(output, Exception) or output.finish_reason is not None:
+            self._has_end.set()
 
     async def outputs(self, call: "asyncio.Future[None]") -> AsyncGenerator[StepOutput, None]:
-        """Outputs up to the one with a finish reason; those that waited for a slow reader come as one.
+        """Outputs up to the one with a finish reason; those that gathered meanwhile come as one.
 
         `call` ends well when the replica has sent the last output. Raises what the call raises before that output has
         come, and UnavailableError when the call was cancelled or the last output is `LAST_OUTPUT_S` behind its end.
@@ -115,7 +124,16 @@ class OutputStream:
                 # No deadline here: whatever becomes of the replica and the link, the call ends.
                 output = await next_output(self._queue)
                 ended = output.finish_reason is not None
+                gathered = asyncio.get_running_loop().time() + self._interval_s()
                 yield output
+                await self._gather(gathered)
+
+    async def _gather(self, until: float) -> None:
+        """Lets outputs wait for each other up to this time of the event loop, or to the end of the request."""
+        if not self._has_end.is_set() and until > asyncio.get_running_loop().time():
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(until):
+                    await self._has_end.wait()
 
     @contextmanager
     def _watching(self, call: "asyncio.Future[None]") -> Iterator[None]:
@@ -128,7 +146,7 @@ class OutputStream:
             elif (error := call.exception()) is None:
                 late = asyncio.get_running_loop().call_later(LAST_OUTPUT_S, self._lose)
             elif isinstance(error, Exception):
-                self._queue.put_nowait(error)
+                self.put(error)
             else:
                 self._fail(f"its call ended with {type(error).__name__}")
 
@@ -144,7 +162,7 @@ class OutputStream:
         self._fail("its last output was lost")
 
     def _fail(self, reason: str) -> None:
-        self._queue.put_nowait(UnavailableError(f"request {self.request_id} failed: {reason}; send it again"))
+        self.put(UnavailableError(f"request {self.request_id} failed: {reason}; send it again"))
 
 
 class _Replica(asyncio.Protocol):

@@ -9,7 +9,8 @@ import uvloop
 
 from cluster.link import receiver
 from cluster.link.hub import OutputHub
-from cluster.link.receiver import OutputLink
+from cluster.link.pace import MAX_CHUNKS_PER_S, MAX_INTERVAL_S, chunk_interval_s
+from cluster.link.receiver import OutputLink, OutputStream
 from cluster.link.wire import LinkAddress, StreamAddress
 from cluster.request import FinishReason
 from model_shards.errors import InvalidRequestError, UnavailableError
@@ -55,6 +56,36 @@ async def test_two_streams_of_one_request_id_are_two():
             assert new._queue.empty()
 
 
+@pytest.mark.parametrize("end", [output("a", 7, reason=LAST), InvalidRequestError("no")])
+@on_event_loop
+async def test_outputs_gather_after_the_first_and_the_end_does_not_wait(end):
+    stream = OutputStream("a", StreamAddress(LinkAddress("h", 1, "t"), 1), lambda: 3600.0)
+    stream.put(output("a", 3))
+    async with aclosing(stream.outputs(asyncio.get_running_loop().create_future())) as outputs:
+        assert await anext(outputs) == output("a", 3)
+        for token in (4, 5, 6):
+            stream.put(output("a", token))
+        following = asyncio.ensure_future(anext(outputs))
+        await asyncio.sleep(0.05)
+        assert not following.done()
+        stream.put(end)
+        if isinstance(end, Exception):
+            with pytest.raises(InvalidRequestError):
+                await following
+        else:
+            assert await following == output("a", 4, 5, 6, 7, reason=LAST)
+
+
+@on_event_loop
+async def test_outputs_that_gathered_come_when_their_time_is_over():
+    stream = OutputStream("a", StreamAddress(LinkAddress("h", 1, "t"), 1), lambda: 0.02)
+    stream.put(output("a", 3))
+    async with aclosing(stream.outputs(asyncio.get_running_loop().create_future())) as outputs:
+        assert await anext(outputs) == output("a", 3)
+        stream.put(output("a", 4))
+        assert await anext(outputs) == output("a", 4)
+
+
 @on_event_loop
 async def test_what_a_slow_reader_missed_comes_as_one_output_and_the_others_do_not_wait():
     async with linked() as ends, ends.call("slow") as (slow, slow_call), ends.call("b") as (other, other_call):
@@ -94,6 +125,9 @@ async def test_a_gateway_that_does_not_read_holds_up_its_own_streams_alone():
         assert not call.done(), "its last output has not left"
         call.cancel()
         await asyncio.wait([call])
+        reading.transport.abort()
+        reading.transport.abort()
+        reading.transport.abort()
         reading.transport.abort()
         server.close()
 
@@ -241,6 +275,15 @@ async def test_every_finish_reason_reaches_the_gateway():
                 ends.replica.step(last)
                 assert await rest(stream, call) == [last]
                 await call
+
+
+def test_many_streams_are_told_less_often_and_never_too_seldom():
+    counts = [1, 8, 32, 50, 1000]
+    intervals = [chunk_interval_s(count) for count in counts]
+    assert intervals == sorted(intervals)
+    assert intervals[-1] == MAX_INTERVAL_S
+    for count, interval in zip(counts, intervals, strict=True):
+        assert interval == MAX_INTERVAL_S or count / interval == pytest.approx(MAX_CHUNKS_PER_S)
 
 
 def test_both_ends_run_on_rays_event_loop():
