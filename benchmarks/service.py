@@ -169,7 +169,7 @@ async def measure(
 @click.option("--attention", default=1, show_default=True)
 @click.option("--experts", default=2, show_default=True)
 @click.option("--dtype", default="float32", show_default=True)
-@click.option("--workload", "text", default="32,32,64", show_default=True, help="SEQUENCES,PROMPT,OUTPUT")
+@click.option("--workload", "text", default="32,128,64", show_default=True, help="SEQUENCES,PROMPT,OUTPUT")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--first-rounds", default=30, show_default=True, help="Requests whose first token is timed.")
 def main(
