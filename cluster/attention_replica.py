@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.device import kv_quantization, local_device, torch_dtype, use_threads
@@ -11,6 +12,7 @@ from cluster.engine import Engine
 from cluster.epoch_thread import EpochEnd, EpochThread, OnEpochEnd
 from cluster.logs import log_event
 from cluster.membership import Membership, Rendezvous
+from cluster.outputs import OutputQueue, next_output
 from cluster.rendezvous import RendezvousServer, serve_rendezvous
 from cluster.request import GenerationRequest, ReplicaLoad, StepOutput
 from cluster.spec import CellSpec
@@ -22,6 +24,8 @@ from model_shards.kv_cache import LatentKVCache, bytes_per_block
 from model_shards.weights import Progress, load_attention_model
 
 logger = logging.getLogger(__name__)
+
+OnOutput = Callable[[StepOutput | ShoalError], None]
 
 
 class AttentionReplica:
@@ -51,7 +55,7 @@ class AttentionReplica:
         engine = Engine(config, model, cache, spec.limits)
         self._spec = spec
         self._loop = loop
-        self._streams: dict[str, asyncio.Queue[StepOutput | ShoalError]] = {}
+        self._streams: dict[str, _Stream] = {}
         self._on_epoch_end = on_epoch_end
         self._rejoin_timeout_s = rejoin_timeout_s
         self._rendezvous: dict[int, RendezvousServer] = {}
@@ -68,26 +72,33 @@ class AttentionReplica:
         while the consumer was slow arrive as one. Raises InvalidRequestError when the request can never fit and
         UnavailableError when the cell was lost and did not come back in time.
         """
+        queue: OutputQueue = asyncio.Queue()
+        with self.open_stream(request, queue.put_nowait):
+            ended = False
+            while not ended:
+                # No deadline here: the step loop answers every request, and `_fail_all` ends them when it cannot.
+                output = await next_output(queue)
+                ended = output.finish_reason is not None
+                yield output
+
+    @contextmanager
+    def open_stream(self, request: GenerationRequest, on_output: OnOutput) -> Iterator[None]:
+        """Runs a request inside the block; leaving it before the request ended cancels it.
+
+        `on_output` is called on the event loop with each output, those of one step in one go; the last one has a finish
+        reason or is an error. Raises InvalidRequestError and UnavailableError at the door.
+        """
         if request.request_id in self._streams:
             raise InvalidRequestError(f"request id {request.request_id} is already running")
         if self._lost is not None:
             raise UnavailableError(self._lost)
-        stream: asyncio.Queue[StepOutput | ShoalError] = asyncio.Queue()
-        self._streams[request.request_id] = stream
-        ended = False
+        stream = self._streams[request.request_id] = _Stream(on_output)
         try:
             self._step_loop.submit(request)
-            while not ended:
-                # No deadline here: the step loop answers every request, and `_fail_all` ends them when it cannot.
-                output = merge_outputs(await stream.get(), stream)
-                if isinstance(output, ShoalError):
-                    ended = True
-                    raise output
-                ended = output.finish_reason is not None
-                yield output
+            yield
         finally:
             del self._streams[request.request_id]
-            if not ended:
+            if not stream.ended:
                 self._step_loop.cancel(request.request_id)
 
     def load(self) -> ReplicaLoad:
@@ -134,11 +145,11 @@ class AttentionReplica:
         for output in events.outputs:
             stream = self._streams.get(output.request_id)
             if stream is not None:
-                stream.put_nowait(output)
+                stream.put(output)
         for rejection in events.rejections:
             stream = self._streams.get(rejection.request_id)
             if stream is not None:
-                stream.put_nowait(rejection.error)
+                stream.put(rejection.error)
 
     def _epoch_ended(self, end: EpochEnd) -> None:
         """From the step thread, after each epoch."""
@@ -180,26 +191,17 @@ class AttentionReplica:
             log_event(logger, "requests failed", logging.ERROR, count=len(self._streams), error=error)
         for request_id, stream in self._streams.items():
             # An exception of its own for each: raised, it holds the frames of whoever it was raised to.
-            stream.put_nowait(UnavailableError(error))
+            stream.put(UnavailableError(error))
             self._step_loop.cancel(request_id)
 
 
-def merge_outputs(
-    first: StepOutput | ShoalError, stream: "asyncio.Queue[StepOutput | ShoalError]"
-) -> StepOutput | ShoalError:
-    """Joins the outputs that already wait in `stream` to the first, up to an end; an error among them wins."""
-    if isinstance(first, ShoalError):
-        return first
-    merged = first
-    while merged.finish_reason is None and not stream.empty():
-        following = stream.get_nowait()
-        if isinstance(following, ShoalError):
-            return following
-        merged = StepOutput(
-            merged.request_id,
-            merged.token_ids + following.token_ids,
-            following.finish_reason,
-            merged.logprobs + following.logprobs,
-            following.error,
-        )
-    return merged
+class _Stream:
+    """Where the outputs of one running request go."""
+
+    def __init__(self, on_output: OnOutput) -> None:
+        self._on_output = on_output
+        self.ended = False
+
+    def put(self, output: StepOutput | ShoalError) -> None:
+        self.ended = isinstance(output, ShoalError) or output.finish_reason is not None
+        self._on_output(output)

@@ -3,8 +3,7 @@
 import asyncio
 import dataclasses
 import uuid
-from collections.abc import AsyncGenerator, Awaitable
-from contextlib import aclosing
+from collections.abc import Awaitable
 
 import ray
 from ray import serve
@@ -15,9 +14,11 @@ from cluster.actors.progress import LoadingReporter
 from cluster.attention_replica import AttentionReplica
 from cluster.control import Registration
 from cluster.epoch_thread import EpochEnd
+from cluster.link.hub import OutputHub
+from cluster.link.wire import StreamAddress
 from cluster.logs import configure_logging
 from cluster.rank_agent import RankAgent
-from cluster.request import GenerationRequest, ReplicaLoad, StepOutput
+from cluster.request import GenerationRequest, ReplicaLoad
 from cluster.spec import CellSpec
 from cluster.topology import Role
 from model_shards.errors import UnavailableError
@@ -54,6 +55,7 @@ class AttentionRank:
         rejoin_timeout_s = spec.load_timeout_s + spec.join_timeout_s
         replica = await asyncio.to_thread(AttentionReplica, spec, 0, loop, epoch_ended, rejoin_timeout_s, progress)
         self._replica = replica
+        self._hub = OutputHub(replica)
         self._agent = agent = RankAgent(client, identity, replica, replica, self._log_as)
         self._agent_task = loop.create_task(agent.run())
         try:
@@ -67,11 +69,9 @@ class AttentionRank:
             await self._leave()
             raise
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepOutput, None]:
-        """See AttentionReplica.generate."""
-        async with aclosing(self._replica.generate(request)) as outputs:
-            async for output in outputs:
-                yield output
+    async def run(self, request: GenerationRequest, destination: StreamAddress) -> None:
+        """See OutputHub.run."""
+        await self._hub.run(request, destination)
 
     async def load(self) -> ReplicaLoad:
         """See AttentionReplica.load."""
@@ -93,6 +93,7 @@ class AttentionRank:
         # Before the epoch is left: else the next one would be built with this replica, which does not join it.
         await self._agent.unregister()
         await self._replica.close()
+        self._hub.close()
 
     def _log_as(self, name: str) -> None:
         configure_logging(Role.ATTENTION.value, name, self._log_level)

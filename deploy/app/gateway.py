@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
+from cluster.link.receiver import OutputLink
 from cluster.logs import configure_logging
 from cluster.request import GenerationRequest, StepOutput
 from deploy.config import ShoalSettings
@@ -31,33 +32,56 @@ _SERVE_START_S = 60.0
 
 
 class ServeEngineClient:
-    """EngineClient over a Serve deployment handle: Serve picks the replica, closing the stream cancels."""
+    """EngineClient over a Serve deployment handle: Serve picks the replica and watches it, outputs come over the link.
 
-    def __init__(self, attention: DeploymentHandle) -> None:
-        self._attention = attention.options(stream=True)
+    The call to the replica is open as long as the request runs; cancelling it cancels the request.
+    """
+
+    def __init__(self, attention: DeploymentHandle, link: OutputLink) -> None:
+        self._run = attention.run
+        self._link = link
+        self._calls: set[asyncio.Future[None]] = set()  # the event loop alone would not keep them
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepOutput, None]:
         """Streams from one attention replica; leaving early cancels the request there.
 
-        Raises UnavailableError when the replica was lost or Serve has none, OverloadedError when Serve queues no more;
-        what the replica itself raised comes through as its class.
+        Raises UnavailableError when the replica or the link to it was lost or Serve has none, OverloadedError when
+        Serve queues no more; what the replica itself raised comes through as its class.
         """
-        stream = self._attention.generate.remote(request)
-        ended = False
-        try:
-            async for output in stream:
-                ended = output.finish_reason is not None
-                yield output
-        except ray.exceptions.RayActorError as error:
-            raise UnavailableError("the attention replica of this request was lost; send it again") from error
-        except (DeploymentUnavailableError, ReplicaUnavailableError) as error:
-            raise UnavailableError("no attention replica is available; send the request again") from error
-        except BackPressureError as error:
-            retry_after_s = RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
-            raise OverloadedError("the attention replicas have all the requests they take", retry_after_s) from error
-        finally:
-            if not ended:
-                stream.cancel()
+        with self._link.open_stream(request.request_id) as stream:
+            response = self._run.remote(request, stream.address)
+            call = self._watch(response)
+            ended = False
+            try:
+                async with aclosing(stream.outputs(call)) as outputs:
+                    async for output in outputs:
+                        ended = output.finish_reason is not None
+                        yield output
+            except ray.exceptions.RayActorError as error:
+                raise UnavailableError("the attention replica of this request was lost; send it again") from error
+            except (DeploymentUnavailableError, ReplicaUnavailableError) as error:
+                raise UnavailableError("no attention replica is available; send the request again") from error
+            except BackPressureError as error:
+                delay_s = RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
+                raise OverloadedError("the attention replicas have all the requests they take", delay_s) from error
+            finally:
+                if not ended:
+                    response.cancel()
+                    call.cancel()
+
+    def _watch(self, response: Awaitable[None]) -> "asyncio.Future[None]":
+        async def wait() -> None:
+            await response
+
+        def done(call: "asyncio.Future[None]") -> None:
+            self._calls.discard(call)
+            if not call.cancelled():
+                call.exception()  # whoever reads the stream was told; here nobody is left to raise it to
+
+        call = asyncio.ensure_future(wait())
+        self._calls.add(call)
+        call.add_done_callback(done)
+        return call
 
 
 def _http_app() -> FastAPI:
@@ -78,11 +102,13 @@ class GatewayIngress:
         configure_logging("gateway", uuid.uuid4().hex[:8], settings.log.level)
         directory = Path(settings.model.path)
         config = load_model_config(directory)
+        # Where this node's other processes and the other nodes reach it; on one machine Ray itself stays on loopback.
+        link = await OutputLink.open(ray.util.get_node_ip_address())
         self.gateway = Gateway(
             tokenizer=ChatTokenizer.load(directory),
             model=ModelLimits(settings.model.name, config.vocab_size, max_model_len),
             limits=GatewayLimits(settings.server.max_concurrent_requests, settings.server.request_timeout_s),
-            engine=ServeEngineClient(attention),
+            engine=ServeEngineClient(attention, link),
         )
         self._servicer = InferenceServicer(self.gateway)
         # Constructed means healthy to Serve, and SERVING to clients: not before an attention replica can answer.

@@ -26,10 +26,11 @@ def test_a_replica_that_is_taken_down_unregisters_before_it_leaves_its_epoch():
             _agent_task=asyncio.create_task(asyncio.sleep(60.0)),
             _agent=SimpleNamespace(unregister=unregister),
             _replica=SimpleNamespace(close=close),
+            _hub=SimpleNamespace(close=lambda: done.append("close the hub")),
         )
         # Not a real one: its __del__ is Serve's hook, a coroutine, which must not be left to the garbage collector.
         await AttentionRank._leave(rank)
-        assert done == ["unregister", "close"]
+        assert done == ["unregister", "close", "close the hub"]
         assert rank._agent_task.cancelling() or rank._agent_task.cancelled()
 
     asyncio.run(scenario())

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.attention_replica import merge_outputs
 from cluster.engine import Engine
+from cluster.outputs import merge_outputs
 from cluster.request import FinishReason, StepOutput
 from model_shards.errors import InvalidRequestError, UnavailableError
 from model_shards.experts import ExpertShardModel

@@ -1,7 +1,7 @@
 """What Serve raises for a request reaches the gateway as an error of the tree."""
 
 import asyncio
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
@@ -13,6 +13,8 @@ from ray.serve.exceptions import (
     RequestCancelledError,
 )
 
+from cluster.link import receiver
+from cluster.link.receiver import OutputLink
 from cluster.request import FinishReason, GenerationRequest, StepOutput
 from deploy.app.gateway import ServeEngineClient
 from model_shards.errors import InvalidRequestError, OverloadedError, UnavailableError
@@ -22,36 +24,59 @@ REQUEST = GenerationRequest("r", (1, 2), 4)
 
 
 class FakeHandle:
-    """A deployment handle whose stream is `outputs`, then `error`; counts how often the stream is cancelled."""
+    """A deployment handle: `outputs` reach the stream over the link, then the call ends with `error` or well."""
 
     def __init__(self, outputs=(), error=None):
         self._outputs = outputs
         self._error = error
         self.num_cancels = 0
-        self.generate = self
+        self.cancelled = asyncio.Event()
+        self.run = self
 
-    def options(self, stream):
-        assert stream
-        return self
+    def connect(self, link):
+        self._link = link
 
-    def remote(self, request):
+    def remote(self, request, address):
         assert request is REQUEST
+        self._stream = self._link._streams[address.stream]
         return self
 
     def cancel(self):
         self.num_cancels += 1
+        self.cancelled.set()
 
-    async def __aiter__(self):
+    def __await__(self):
+        return self._carry_out().__await__()
+
+    async def _carry_out(self):
         for output in self._outputs:
-            yield output
-        await asyncio.sleep(0)
+            self._stream.put(output)
+            await asyncio.sleep(0.01)
         if self._error is not None:
             raise self._error
+        if not self._outputs or self._outputs[-1].finish_reason is None:
+            await self.cancelled.wait()
+            raise RequestCancelledError("r")
 
 
-async def read(handle):
-    async with aclosing(ServeEngineClient(handle).generate(REQUEST)) as outputs:
-        return [output async for output in outputs]
+@asynccontextmanager
+async def client_of(handle):
+    link = await OutputLink.open("127.0.0.1")
+    handle.connect(link)
+    client = ServeEngineClient(handle, link)
+    try:
+        yield client
+        while client._calls:
+            await asyncio.wait(client._calls)
+    finally:
+        await link.close()
+
+
+async def read(handle, count=None):
+    async with client_of(handle) as client, aclosing(client.generate(REQUEST)) as outputs:
+        if count is None:
+            return [output async for output in outputs]
+        return [await anext(outputs) for _ in range(count)]
 
 
 UNAVAILABLE = DeploymentUnavailableError(DeploymentID("attention", "shoal"))
@@ -97,6 +122,29 @@ async def test_every_other_error_comes_through_as_it_is(error):
 async def test_a_stream_is_cancelled_unless_it_ended():
     last = StepOutput("r", (4,), FinishReason.LENGTH)
     whole, part = FakeHandle([StepOutput("r", (3,)), last]), FakeHandle([StepOutput("r", (3,))])
-    assert len(await read(whole)) == 2
-    await read(part)
+    assert [output.token_ids for output in await read(whole)] == [(3,), (4,)]
+    assert [output.token_ids for output in await read(part, 1)] == [(3,)]
     assert (whole.num_cancels, part.num_cancels) == (0, 1)
+
+
+@on_event_loop
+async def test_a_call_that_serve_cancels_is_unavailable():
+    handle = FakeHandle()
+    handle.cancelled.set()
+    handle._error = asyncio.CancelledError()
+    with pytest.raises(UnavailableError, match="its call was cancelled"):
+        await read(handle)
+
+
+@on_event_loop
+async def test_a_call_that_ends_well_without_a_last_output_is_unavailable(monkeypatch):
+    monkeypatch.setattr(receiver, "LAST_OUTPUT_S", 0.05)
+    handle = FakeHandle([StepOutput("r", (3,))])
+
+    async def nothing():
+        return None
+
+    handle._carry_out = nothing
+    with pytest.raises(UnavailableError, match="its last output was lost"):
+        await read(handle)
+    assert handle.num_cancels == 1
