@@ -9,7 +9,6 @@ token on each side, and the CPU time that the processes of the service, and this
 
 import asyncio
 import json
-import os
 import statistics
 import time
 from collections import defaultdict
@@ -176,8 +175,6 @@ def main(
     model: Path | None, attention: int, experts: int, dtype: str, text: str, rounds: int, first_rounds: int
 ) -> None:
     """Measures the service; see the top of the file."""
-    # Processes as many as cores or more: a second thread in one of them takes the core of another.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     workload = Workload.parse(text)
     directory = (model or default_model_directory()).absolute()
     spec = cell_spec(directory, Topology(attention, experts), dtype, "shm", 1, (workload, _FIRST))

@@ -11,7 +11,12 @@ from model_shards.quantization import Quantization
 
 # What a rank's process needs in its environment before it loads torch. An OpenMP thread that has nothing to do spins
 # for as long as the step's next product is usually in coming, and then sleeps: a rank of the other role needs its core.
-RANK_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
+RANK_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "10000",
+    # Weights in pages of 2 MiB where glibc and the kernel know how: reading them takes a tenth less time.
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
