@@ -31,7 +31,7 @@ class ColocatedEngine:
     """An engine whose one expert shard is called directly."""
 
     def __init__(self, model: Path, dtype: str, workloads: tuple[Workload, ...]) -> None:
-        spec = cell_spec(model, Topology(1, 1), dtype, "shm", 1, workloads)
+        spec = cell_spec(model, Topology(1, 1), dtype, "shm", "1", workloads)
         config = load_model_config(model)
         placement = spec.placement(config)
         attention = load_attention_model(model, config, torch_dtype(spec), _CPU)

@@ -14,7 +14,7 @@ import click
 
 from benchmarks.workloads import WORKLOADS, Timing, Workload
 from cluster.cell import Cell
-from cluster.limits import EngineLimits
+from cluster.limits import MAX_MICRO_BATCHES, EngineLimits
 from cluster.request import GenerationRequest
 from cluster.spec import CellSpec
 from cluster.topology import Topology
@@ -47,9 +47,9 @@ def run_workload(cell: Cell, num_attention: int, workload: Workload, vocab_size:
 
 
 def cell_spec(
-    model: Path, topology: Topology, dtype: str, transport: str, micro_batches: int, workloads: tuple[Workload, ...]
+    model: Path, topology: Topology, dtype: str, transport: str, micro_batches: str, workloads: tuple[Workload, ...]
 ) -> CellSpec:
-    """A cell with room for the largest workload."""
+    """A cell with room for the largest workload; `micro_batches` is a number, or auto."""
     longest = max(workload.prompt_tokens + workload.output_tokens for workload in workloads)
     most = max(workload.num_sequences for workload in workloads)
     blocks = -(-longest // _BLOCK_SIZE) * most + most
@@ -59,7 +59,8 @@ def cell_spec(
         max_num_batched_tokens=2048,
         block_size=_BLOCK_SIZE,
         num_blocks=blocks,
-        num_micro_batches=micro_batches,
+        num_micro_batches=MAX_MICRO_BATCHES if micro_batches == "auto" else int(micro_batches),
+        choose_micro_batches=micro_batches == "auto",
         prefix_cache=False,
     )
     return CellSpec(str(model), topology, "cpu", dtype, limits, data_backend=transport, log_level="WARNING")
@@ -71,7 +72,7 @@ def cell_spec(
 @click.option("--experts", default=2, show_default=True)
 @click.option("--dtype", default="bfloat16", show_default=True)
 @click.option("--transport", default="shm", show_default=True, help="One or several of shm, gloo.")
-@click.option("--micro-batches", default="1", show_default=True, help="One or several of 1, 2, 3.")
+@click.option("--micro-batches", default="auto", show_default=True, help="One or several of auto, 1, 2, 3.")
 @click.option("--workload", "texts", multiple=True, help="SEQUENCES,PROMPT,OUTPUT; those of the peers if not given.")
 @click.option("--rounds", default=3, show_default=True)
 def main(
@@ -93,7 +94,7 @@ def main(
         for kind in transport.split(","):
             for count in micro_batches.split(","):
                 name = f"shoal {attention}x{experts} {dtype} {kind} {count} micro-batches"
-                with Cell(cell_spec(model, topology, dtype, kind, int(count), workloads)) as cell:
+                with Cell(cell_spec(model, topology, dtype, kind, count, workloads)) as cell:
                     run_workload(cell, attention, Workload(1, 8, 4), vocab_size, "warm")
                     for workload in workloads:
                         timing = run_workload(cell, attention, workload, vocab_size, f"{number}-{workload}")

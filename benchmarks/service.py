@@ -111,7 +111,7 @@ def settings_of(spec: CellSpec) -> list[str]:
         "engine.block_size": limits.block_size,
         "engine.kv_cache_tokens": limits.num_blocks * limits.block_size,
         "engine.prefix_cache": str(limits.prefix_cache).lower(),
-        "cell.micro_batches": limits.num_micro_batches,
+        "cell.micro_batches": "auto" if limits.choose_micro_batches else limits.num_micro_batches,
     }
     topology = spec.topology
     return [
@@ -177,7 +177,7 @@ def main(
     """Measures the service; see the top of the file."""
     workload = Workload.parse(text)
     directory = (model or default_model_directory()).absolute()
-    spec = cell_spec(directory, Topology(attention, experts), dtype, "shm", 1, (workload, _FIRST))
+    spec = cell_spec(directory, Topology(attention, experts), dtype, "shm", "1", (workload, _FIRST))
     with running_service(*settings_of(spec)) as service, Cell(spec) as cell:
         asyncio.run(measure(spec, workload, rounds, first_rounds, service.grpc, service.process.pid, cell))
 

@@ -41,7 +41,7 @@ def main(model: Path, attention: int, experts: int, dtype: str, texts: tuple[str
     """Measures a service; see the top of the file."""
     workloads = tuple(map(Workload.parse, texts)) or WORKLOADS
     directory = model.absolute()
-    spec = cell_spec(directory, Topology(attention, experts), dtype, "auto", 1, workloads)
+    spec = cell_spec(directory, Topology(attention, experts), dtype, "auto", "auto", workloads)
     with running_service(*settings_of(spec)) as service:
         asyncio.run(measure(directory, workloads, service.grpc, service.process.pid))
 

@@ -12,7 +12,7 @@ from cluster.engine import Engine
 from cluster.epoch_thread import EpochEnd, EpochThread, OnEpochEnd
 from cluster.logs import log_event
 from cluster.membership import Membership, Rendezvous
-from cluster.outputs import OutputQueue, next_output
+from cluster.outputs import OnOutput, OutputQueue, next_output
 from cluster.rendezvous import RendezvousServer, serve_rendezvous
 from cluster.request import GenerationRequest, ReplicaLoad, StepOutput
 from cluster.spec import CellSpec
@@ -24,8 +24,6 @@ from model_shards.kv_cache import LatentKVCache, bytes_per_block
 from model_shards.weights import Progress, load_attention_model
 
 logger = logging.getLogger(__name__)
-
-OnOutput = Callable[[StepOutput | ShoalError], None]
 
 
 class AttentionReplica:
@@ -62,7 +60,9 @@ class AttentionReplica:
         self._give_up: asyncio.TimerHandle | None = None  # runs from the loss of an epoch to the next one joined
         self._lost: str | None = None  # it ran out, with this to say, and no epoch was joined since
         self._closing = False
-        self._step_loop = StepLoop(engine, config, dtype, device, spec.limits.num_micro_batches, self._cross)
+        self._step_loop = StepLoop(
+            engine, config, dtype, device, spec.limits.num_micro_batches, self._cross, spec.trace_directory
+        )
         self._thread = EpochThread("step-loop", self._run_epoch, self._epoch_ended)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepOutput, None]:
@@ -203,5 +203,7 @@ class _Stream:
         self.ended = False
 
     def put(self, output: StepOutput | ShoalError) -> None:
+        if self.ended:
+            return  # it has been failed, and an output of the step under way comes behind
         self.ended = isinstance(output, ShoalError) or output.finish_reason is not None
         self._on_output(output)

@@ -12,6 +12,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -43,6 +44,18 @@ from model_shards.errors import UnavailableError
 
 _Kind = TypeVar("_Kind")
 _KILLED_S = 5.0
+
+
+@contextmanager
+def _rank_environment() -> Iterator[None]:
+    """What a child started inside the block has in its environment beside this process's; what is set there stays."""
+    added = [name for name in RANK_ENVIRONMENT if name not in os.environ]
+    os.environ.update({name: RANK_ENVIRONMENT[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 @dataclass(frozen=True)
@@ -173,9 +186,8 @@ class Cell:
         ours, theirs = context.Pipe()
         main = attention_main if topology.role(global_rank) is Role.ATTENTION else expert_main
         process = context.Process(target=main, args=(theirs, self._spec, global_rank), name=topology.name(global_rank))
-        # It goes to the child with the rest of the environment, and is too late for this process itself.
-        os.environ.update(RANK_ENVIRONMENT)
-        process.start()
+        with _rank_environment():
+            process.start()
         theirs.close()
         return _Child(process, ours)
 

@@ -1,6 +1,7 @@
 """Which device and element type a rank computes with."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -18,6 +19,7 @@ RANK_ENVIRONMENT = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 
+_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -56,13 +58,24 @@ def local_device(spec: CellSpec, index: int) -> torch.device:
 def use_threads(spec: CellSpec, role: Role) -> None:
     """Gives the calling thread, the one that computes the steps, its share of this host's cores."""
     if spec.device == "cpu":
-        torch.set_num_threads(num_threads(spec.topology, role, len(os.sched_getaffinity(0))))
+        torch.set_num_threads(num_threads(spec.topology, role, available_cores()))
 
 
 def num_threads(topology: Topology, role: Role, num_cores: int) -> int:
-    """Threads of a CPU rank on a host that has all ranks.
+    """Threads of a CPU rank on a host that has all ranks; with ranks on several hosts some cores stay idle.
 
-    Ranks of one role compute at the same time and share the cores; those of the other role wait meanwhile.
+    Ranks of one role compute at the same time and share the cores; those of the other role wait meanwhile. With
+    several micro-batches they do not, and all contend: then what overlaps is measured with that in it.
     """
     ranks = topology.num_attention if role is Role.ATTENTION else topology.num_expert
     return max(1, num_cores // ranks)
+
+
+def available_cores() -> int:
+    """Cores that this process may use: of its affinity mask, and of the container's CPU limit (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = _CPU_LIMIT.read_text(encoding="ascii").split()
+    except (FileNotFoundError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))

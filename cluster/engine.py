@@ -4,7 +4,8 @@ A step is idempotent until it is committed: `schedule` advances nothing, blocks 
 that is scheduled again writes the same tokens to the same slots, and sampling draws from (seed, position).
 """
 
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +14,7 @@ import torch
 
 from cluster.batch_builder import build_batch
 from cluster.limits import EngineLimits, check_request
+from cluster.micro_batches import MicroBatchChooser, StepKind, kind_of
 from cluster.request import FinishReason, GenerationRequest, ReplicaLoad, StepOutput, TokenLogprob
 from cluster.scheduler import ScheduledChunk, Scheduler, split_micro_batches
 from cluster.sequence import Sequence
@@ -50,7 +52,7 @@ class ScheduledStep:
     @property
     def num_tokens(self) -> int:
         """Tokens of all micro-batches."""
-        return sum(chunk.num_tokens for chunk in self.chunks)
+        return _num_tokens(self.chunks)
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,20 @@ class SampledStep:
     """What a step's rows of logits gave, in the order of `ScheduledStep.sampled`."""
 
     tokens: tuple[SampledToken, ...]
+    seconds: float  # that the step took to run
 
 
 class Engine:
     """Continuous batching over one model and one cache. Not thread-safe: one thread owns it."""
 
-    def __init__(self, config: ModelConfig, model: StepModel, kv_cache: LatentKVCache, limits: EngineLimits) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        model: StepModel,
+        kv_cache: LatentKVCache,
+        limits: EngineLimits,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         if (kv_cache.num_blocks, kv_cache.block_size) != (limits.num_blocks, limits.block_size):
             raise ConfigError(
                 f"the limits say {limits.num_blocks} blocks of {limits.block_size} tokens, "
@@ -74,7 +84,9 @@ class Engine:
         self._kv_cache = kv_cache
         self._device = kv_cache.data.device
         self._limits = limits
+        self._clock = clock
         self._scheduler = Scheduler(limits)
+        self._chooser = MicroBatchChooser(limits.num_micro_batches) if limits.choose_micro_batches else None
         self._sequences: dict[str, Sequence] = {}
         self._statistics: dict[Sequence, TokenStatistics] = {}
         self._in_flight: ScheduledStep | None = None
@@ -114,7 +126,11 @@ class Engine:
         """
         assert self._in_flight is None, "the last step was neither committed nor abandoned"
         chunks = self._scheduler.schedule()
-        micro_batches = split_micro_batches(chunks, self._limits.num_micro_batches)
+        most = self._limits.num_micro_batches
+        kind = _kind_of(chunks)
+        count = most if self._chooser is None or kind is None else self._chooser.choose(kind, _num_tokens(chunks))
+        # All ranks count with the same number: those not chosen are empty.
+        micro_batches = split_micro_batches(chunks, count) + ((),) * (most - count)
         step = ScheduledStep(
             chunks=chunks,
             micro_batches=tuple(build_batch(part, self._limits.block_size, self._device) for part in micro_batches),
@@ -123,26 +139,35 @@ class Engine:
         self._in_flight = step
         return step
 
-    def run(self, step: ScheduledStep, routed: SequenceOf[RoutedExperts]) -> SampledStep:
+    def run(self, step: ScheduledStep, routed: SequenceOf[RoutedExperts | None]) -> SampledStep:
         """Computes the step, `routed[i]` standing for the experts of micro-batch i; changes nothing but the cache.
+
+        None stands for a micro-batch without a token on any rank, which is not computed at all; one must have some.
 
         Raises EpochAbortedError when an exchange failed; the step may then be abandoned and scheduled again.
         """
+        begun = self._clock()
         # Outside inference mode: what a row keeps from step to step is changed outside it, too.
         rows = [self._row(sequence) for sequence in step.sampled]
         with torch.inference_mode():
             steps = [
                 self._model.forward_steps(batch, self._kv_cache, experts)
                 for batch, experts in zip(step.micro_batches, routed, strict=True)
+                if experts is not None
             ]
             logits = torch.cat(run_micro_batches(steps))  # [R, V]
-            return SampledStep(sample(logits, rows))
+            tokens = sample(logits, rows)
+        return SampledStep(tokens, self._clock() - begun)
 
     def commit(self, step: ScheduledStep, sampled: SampledStep) -> list[StepOutput]:
         """Makes the step's result final: one output per sequence that got a token and was not cancelled meanwhile."""
         assert self._in_flight is step, "only the step that was scheduled last can be committed"
         self._in_flight = None
         self._num_steps += 1
+        kind = _kind_of(step.chunks)
+        if self._chooser is not None and kind is not None:
+            count = sum(batch.num_tokens > 0 for batch in step.micro_batches)
+            self._chooser.observe(kind, step.num_tokens, count, sampled.seconds)
         self._scheduler.commit(step.chunks)
         for chunk in step.chunks:
             chunk.sequence.num_lost_steps = 0
@@ -234,3 +259,13 @@ class Engine:
         for sequence in self._cancelled:
             self._end(sequence)
         self._cancelled.clear()
+
+
+def _num_tokens(chunks: SequenceOf[ScheduledChunk]) -> int:
+    return sum(chunk.num_tokens for chunk in chunks)
+
+
+def _kind_of(chunks: SequenceOf[ScheduledChunk]) -> StepKind | None:
+    """None without a token."""
+    has_prefill = any(not chunk.is_decode for chunk in chunks)
+    return kind_of(_num_tokens(chunks), has_prefill) if chunks else None

@@ -1,19 +1,25 @@
 """What a rank holds while an epoch lasts: the store, the process groups, the header exchange and the bell."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
+from cluster.dispatch.trace import ExchangeTrace
+from cluster.logs import log_event
 from cluster.membership import Membership
 from cluster.process_group import EpochGroups, abort_join, open_epoch
 from cluster.rendezvous import connect_rendezvous
 from cluster.step_header import HeaderExchange
 from cluster.wake import WakeBell
+
+logger = logging.getLogger(__name__)
 
 _FOR_GOOD = 1 << 62  # above every epoch
 
@@ -26,6 +32,7 @@ class EpochSession:
     groups: EpochGroups
     headers: HeaderExchange
     bell: WakeBell
+    trace: ExchangeTrace | None = None
 
 
 class LeaveFlag:
@@ -87,6 +94,7 @@ def open_session(
     num_micro_batches: int,
     num_moe_layers: int,
     leave: LeaveFlag,
+    trace_directory: str | None = None,
 ) -> Iterator[EpochSession]:
     """Joins an epoch, within the membership's join deadline altogether.
 
@@ -96,10 +104,27 @@ def open_session(
     store = connect_rendezvous(membership.rendezvous, membership.join_timeout_s)
     # Two connections: one blocks while the rank joins or is idle, the other interrupts and rings.
     ringing = connect_rendezvous(membership.rendezvous, max(deadline - time.monotonic(), 0.1))
-    with leave.during(membership.epoch):
+    with leave.during(membership.epoch), _traced(membership, global_rank, trace_directory) as trace:
         leave.interrupt_with(partial(abort_join, membership, global_rank, ringing))
         with open_epoch(membership, global_rank, device, store, deadline) as groups:
             headers = HeaderExchange(groups, membership, global_rank, num_micro_batches, num_moe_layers)
             bell = WakeBell(store, ringing)
             leave.interrupt_with(bell.ring)
-            yield EpochSession(membership, groups, headers, bell)
+            yield EpochSession(membership, groups, headers, bell, trace)
+
+
+@contextmanager
+def _traced(membership: Membership, global_rank: int, directory: str | None) -> Iterator[ExchangeTrace | None]:
+    """A trace that is written when the epoch is over, after its groups are closed: no peer waits for it."""
+    if directory is None:
+        yield None
+        return
+    trace = ExchangeTrace(membership.topology.name(global_rank))
+    try:
+        yield trace
+    finally:
+        try:
+            trace.write(Path(directory), membership.epoch)
+        except OSError as error:
+            # Whatever ended the epoch is what its owner must learn, not this.
+            log_event(logger, "trace not written", logging.WARNING, directory=directory, error=str(error))

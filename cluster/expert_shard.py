@@ -67,10 +67,22 @@ class ExpertShard:
         num_micro_batches = self._spec.limits.num_micro_batches
         num_moe_layers = len(self._config.moe_layers)
         with open_session(
-            membership, global_rank, self._device, num_micro_batches, num_moe_layers, self._leave
+            membership,
+            global_rank,
+            self._device,
+            num_micro_batches,
+            num_moe_layers,
+            self._leave,
+            self._spec.trace_directory,
         ) as session:
             dispatcher = make_expert_dispatcher(
-                session.groups, membership, self._ep_rank, self._config, self._dtype, self._device
+                session.groups,
+                membership,
+                self._ep_rank,
+                self._config,
+                self._dtype,
+                self._device,
+                session.trace,
             )
             before = self._rows_received
             on_joined()

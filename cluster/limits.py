@@ -18,6 +18,7 @@ class EngineLimits:
     block_size: int  # tokens
     num_blocks: int
     num_micro_batches: int  # 1 to MAX_MICRO_BATCHES
+    choose_micro_batches: bool = False  # what is measured to be fastest, num_micro_batches at most
     prefix_cache: bool = True  # blocks of computed tokens are kept, and shared by all that begin with the same tokens
 
     def __post_init__(self) -> None:

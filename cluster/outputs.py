@@ -1,26 +1,35 @@
-"""Outputs that wait for a slow reader become one: waiting costs memory for the tokens alone. No torch."""
+"""Outputs that wait for a slow reader are joined, a bounded number at a time. No torch."""
 
 import asyncio
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from cluster.request import StepOutput
+from model_shards.errors import ShoalError
 
 OutputQueue: TypeAlias = "asyncio.Queue[StepOutput | Exception]"
+OnOutput = Callable[[StepOutput | ShoalError], None]
+
+# Of one request, read at once: what is made of them (text, a message to the client) must not hold up other streams.
+MAX_JOINED = 256
 
 
-def join_outputs(first: StepOutput, following: StepOutput) -> StepOutput:
-    """Two outputs of one request, in order, as one."""
+def join_outputs(outputs: Sequence[StepOutput]) -> StepOutput:
+    """Outputs of one request, in order and at least one, as one."""
+    if len(outputs) == 1:
+        return outputs[0]
+    last = outputs[-1]
     return StepOutput(
-        first.request_id,
-        first.token_ids + following.token_ids,
-        following.finish_reason,
-        first.logprobs + following.logprobs,
-        following.error,
+        last.request_id,
+        tuple(token_id for output in outputs for token_id in output.token_ids),
+        last.finish_reason,
+        tuple(logprob for output in outputs for logprob in output.logprobs),
+        last.error,
     )
 
 
 async def next_output(stream: OutputQueue) -> StepOutput:
-    """Waits for an output and joins to it those that wait behind it, up to an end.
+    """Waits for an output and joins to it those that wait behind it, up to an end and `MAX_JOINED` in all.
 
     Raises an error that is among them.
     """
@@ -31,13 +40,13 @@ async def next_output(stream: OutputQueue) -> StepOutput:
 
 
 def merge_outputs(first: StepOutput | Exception, stream: OutputQueue) -> StepOutput | Exception:
-    """Joins the outputs that already wait in `stream` to the first, up to an end; an error among them wins."""
+    """Joins outputs that already wait in `stream` to the first, as `next_output` says; an error among them wins."""
     if isinstance(first, Exception):
         return first
-    merged = first
-    while merged.finish_reason is None and not stream.empty():
+    joined = [first]
+    while joined[-1].finish_reason is None and len(joined) < MAX_JOINED and not stream.empty():
         following = stream.get_nowait()
         if isinstance(following, Exception):
             return following
-        merged = join_outputs(merged, following)
-    return merged
+        joined.append(following)
+    return join_outputs(joined)

@@ -51,6 +51,7 @@ class StepLoop:
         device: torch.device,
         num_micro_batches: int,
         on_events: OnEvents,
+        trace_directory: str | None = None,
     ) -> None:
         self._engine = engine
         self._config = config
@@ -58,6 +59,7 @@ class StepLoop:
         self._device = device
         self._num_micro_batches = num_micro_batches
         self._on_events = on_events
+        self._trace_directory = trace_directory
         self._inbox: queue.SimpleQueue[GenerationRequest | str] = queue.SimpleQueue()
         self._leave = LeaveFlag()
         self._ring: Callable[[], None] | None = None
@@ -89,10 +91,16 @@ class StepLoop:
         """Joins the epoch and steps until it ends. Raises EpochAbortedError; uncommitted work is then forgotten."""
         num_moe_layers = len(self._config.moe_layers)
         with open_session(
-            membership, global_rank, self._device, self._num_micro_batches, num_moe_layers, self._leave
+            membership,
+            global_rank,
+            self._device,
+            self._num_micro_batches,
+            num_moe_layers,
+            self._leave,
+            self._trace_directory,
         ) as session:
             dispatcher = make_attention_dispatcher(
-                session.groups, membership, global_rank, self._config, self._dtype, self._device
+                session.groups, membership, global_rank, self._config, self._dtype, self._device, session.trace
             )
             self._ring = session.bell.ring
             try:
@@ -130,7 +138,8 @@ class StepLoop:
             self._engine.abandon(step)
             return []
         dispatcher.begin_step(agreed.plan)
-        routed = [dispatcher.routed(index) for index in range(self._num_micro_batches)]
+        active = agreed.plan.active_micro_batches
+        routed = [dispatcher.routed(index) if index in active else None for index in range(self._num_micro_batches)]
         try:
             sampled = self._engine.run(step, routed)
         except EpochAbortedError:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cluster.limits import EngineLimits
+from cluster.limits import MAX_MICRO_BATCHES, EngineLimits
 from cluster.spec import CellSpec
 from cluster.topology import Topology
 from deploy.config import ShoalSettings
@@ -33,7 +33,8 @@ def build_cell_spec(settings: ShoalSettings) -> CellSpec:
         max_num_batched_tokens=engine.max_num_batched_tokens,
         block_size=engine.block_size,
         num_blocks=num_blocks,
-        num_micro_batches=cell.micro_batches,
+        num_micro_batches=MAX_MICRO_BATCHES if cell.micro_batches == "auto" else cell.micro_batches,
+        choose_micro_batches=cell.micro_batches == "auto",
         prefix_cache=engine.prefix_cache,
     )
     return CellSpec(

@@ -49,7 +49,8 @@ class CellSettings:
     expert_shards: Positive = 2
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on cpu, bfloat16 on cuda
-    micro_batches: Annotated[int, Field(strict=True, ge=1, le=3)] = 1
+    # auto: what is measured to be fastest, for each kind of step
+    micro_batches: Literal["auto"] | Annotated[int, Field(strict=True, ge=1, le=3)] = "auto"
     # auto: nccl on cuda; on cpu shared memory where all ranks are on one host, gloo where they are not
     transport: Literal["auto", "gloo"] = "auto"
     load_timeout_s: Seconds = 1800.0  # every rank must have its weights in memory by then

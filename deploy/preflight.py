@@ -159,7 +159,7 @@ def cell_needs(settings: ShoalSettings) -> CellNeeds:
     tokens = spec.limits.num_blocks * spec.limits.block_size
     return CellNeeds(
         attention_replicas=spec.topology.num_attention,
-        attention_slice=attention_slice_bytes(config, dtype),
+        attention_slice=attention_slice_bytes(config, dtype, spec.device),
         kv_cache=tokens * kv_bytes_per_token(config, spec.dtype, spec.kv_cache_dtype),
         expert_slices=tuple(
             expert_slice_bytes(config, len(experts), dtype, quantization) for experts in placement.shards

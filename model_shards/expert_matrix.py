@@ -50,13 +50,18 @@ class ExpertMatrix(GroupedMatrix, nn.Module):
         """(what follows the published name, writable view) for these rows of one expert's matrix."""
         yield "", self.weight.data[expert, rows]
 
-    def release(self) -> None:
-        """Gives the memory of all parameters back: `laid_out` took what it needs of them."""
-        for parameter in self.parameters():
-            release(parameter)
+    def lay_out(self) -> GroupedMatrix:
+        """The same matrices as this machine multiplies them fastest, once, after they were filled.
 
-    def laid_out(self) -> GroupedMatrix:
-        """The same matrices as this machine multiplies them fastest: this one, or one that needs this no more."""
+        That is this one as it lies, or another, which has taken its memory over: no parameter has elements then.
+        """
+        laid_out = self._laid_out()
+        if laid_out is not self:
+            for parameter in self.parameters():
+                release(parameter)
+        return laid_out
+
+    def _laid_out(self) -> GroupedMatrix:
         packing = choose_packing(self.weight.dtype, self.weight.device)
         return self if packing is None else _PackedMatrix(self.weight.data, packing)
 
@@ -84,21 +89,20 @@ class QuantizedExpertMatrix(ExpertMatrix):
 
     def grouped(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """See `GroupedMatrix`."""
-        return _each(x, counts, self._widened)
+        return _each(x.to(self._dtype), counts, self._widened)
 
     def slices(self, expert: int, rows: slice) -> Iterator[tuple[str, torch.Tensor]]:
         """See `ExpertMatrix`; the scales follow the weight."""
         yield from super().slices(expert, rows)
         yield SCALE_SUFFIX, self.scale_inv.data[expert, rows]
 
-    def laid_out(self) -> GroupedMatrix:
-        """See `ExpertMatrix`. Under float32 nothing is rounded that was not, so it stays as it lies."""
-        quick = self._quantization is Quantization.INT8 and has_int8_products(self.weight.device)
-        return (
-            _PackedInt8Matrix(self.weight.data, self.scale_inv.data)
-            if quick and self._dtype is torch.bfloat16
-            else self
-        )
+    def _laid_out(self) -> GroupedMatrix:
+        # Under float32 nothing is to be rounded that was not, so it stays as it lies.
+        if self._quantization is not Quantization.INT8 or self._dtype is not torch.bfloat16:
+            return self
+        if not has_int8_products(self.weight.device):
+            return self
+        return _PackedInt8Matrix(self.weight.data, self.scale_inv.data)
 
     def _widened(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
         return F.linear(rows, self.weight[expert].to(rows.dtype)).float() * self.scale_inv[expert]

@@ -42,11 +42,8 @@ class ExpertLayer(nn.Module):
 
     def lay_out(self) -> None:
         """Lays the matrices out for this device, once, after they were filled; the parameters may be gone then."""
-        loaded = (self.gate_up_proj, self.down_proj)
-        self._matrices = (loaded[0].laid_out(), loaded[1].laid_out())
-        for used, matrix in zip(self._matrices, loaded, strict=True):
-            if used is not matrix:
-                matrix.release()
+        gate_up = self.gate_up_proj.lay_out()
+        self._matrices = (gate_up, self.down_proj.lay_out())
 
     def forward(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """SwiGLU of all experts, [P, H] -> [P, H] in rows' dtype or a wider one.

@@ -32,7 +32,7 @@ class FrozenLinear(nn.Module):
     def lay_out(self) -> None:
         """Lays the matrix out for this device (model_shards.packing); once, after it was filled.
 
-        Where there is a layout, the parameters have no elements afterwards.
+        Where there is a layout, `weight` has no elements afterwards.
         """
         packing = choose_packing(self.weight.dtype, self.weight.device)
         if packing is None:

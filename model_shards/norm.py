@@ -11,7 +11,7 @@ LATENT_NORM_EPS = 1e-6
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, with the mean in float32 and the product in x's dtype (DeepseekV2RMSNorm)."""
+    """x / rms(x) * weight, in float32 and rounded once to x's dtype; transformers rounds before the weight, too."""
 
     def __init__(self, dim: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()

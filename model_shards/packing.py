@@ -68,7 +68,8 @@ def _pack_blocked(weight: torch.Tensor, bias: torch.Tensor | None) -> Multiply:
 def _pack_half(weight: torch.Tensor, bias: torch.Tensor | None) -> Multiply:
     wide = weight.float()
     wide_bias = None if bias is None else bias.float()
-    if wide.numel() and float(wide.abs().amax()) > _LARGEST_HALF:
+    least, most = (float(bound) for bound in wide.aminmax())
+    if max(-least, most) > _LARGEST_HALF:
         kept = weight.clone()  # the caller lets go of its own
         return lambda x: F.linear(x, kept.float(), wide_bias)
     half = torch.ops.quantized.linear_prepack_fp16(wide, wide_bias)

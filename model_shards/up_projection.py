@@ -23,5 +23,9 @@ def split_heads(weight: torch.Tensor, num_heads: int, nope_dim: int) -> UpProjec
 
 
 def widened(up: UpProjections) -> UpProjections:
-    """In float32, each contiguous where a product of few rows reads it: W_UK as it lies, W_UV copied."""
-    return UpProjections(up.w_uk.float(), up.w_uv.to(torch.float32, memory_format=torch.contiguous_format))
+    """Copies in float32, contiguous where a product of few rows reads them; the weight itself may go."""
+    return UpProjections(_copy(up.w_uk), _copy(up.w_uv))
+
+
+def _copy(part: torch.Tensor) -> torch.Tensor:
+    return part.to(torch.float32, memory_format=torch.contiguous_format, copy=True)

@@ -99,6 +99,8 @@ def run_in_process(
     shards = [load_expert_shard(expected.directory, config, held, dtype, device) for held in placement.shards]
     dispatcher = LocalDispatcher(shards, placement, device)
     model = load_attention_model(expected.directory, config, dtype, device)
+    for part in (model, *shards):
+        part.lay_out()
     cache = LatentKVCache(config, limits.num_blocks, limits.block_size, dtype, device)
     engine = Engine(config, model, cache, limits)
     tokens: dict[str, tuple[int, ...]] = {}

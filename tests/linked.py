@@ -5,8 +5,9 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
-from cluster.link.hub import OnOutput, OutputHub
+from cluster.link.hub import OutputHub
 from cluster.link.receiver import OutputLink, OutputStream
+from cluster.outputs import OnOutput
 from cluster.request import FinishReason, GenerationRequest, StepOutput
 
 LAST = FinishReason.LENGTH

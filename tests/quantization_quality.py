@@ -3,7 +3,8 @@
 Usage: python -m tests.quantization_quality [DIRECTORY]      the package's checkpoint by default
 
 The text is questions of the exam, asked by the checkpoint's own chat template, with the answers that are expected.
-Everything is computed in float32, so that nothing but the quantization differs.
+The reference is computed in float32, and so is what is compared with it, so that nothing but the quantization differs;
+then both again as a cell in bfloat16 computes them, with all that this CPU's layouts round.
 """
 
 import math
@@ -57,17 +58,23 @@ def passages(directory: Path, count: int) -> list[Passage]:
 
 
 def answer_logits(
-    directory: Path, texts: list[Passage], kv_quantization: Quantization | None = None
+    directory: Path,
+    texts: list[Passage],
+    kv_quantization: Quantization | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> list[torch.Tensor]:
-    """Logits [A, V] at the A positions that predict the answer's tokens, of each passage."""
+    """Logits [A, V] at the A positions that predict the answer's tokens, of each passage; computed as in a cell."""
     config = load_model_config(directory)
-    model = load_attention_model(directory, config, torch.float32, CPU)
+    model = load_attention_model(directory, config, dtype, CPU)
     experts = tuple(range(config.n_routed_experts or 0))
-    routed = ShardExperts(load_expert_shard(directory, config, experts, torch.float32, CPU))
+    shard = load_expert_shard(directory, config, experts, dtype, CPU)
+    for part in (model, shard):
+        part.lay_out()
+    routed = ShardExperts(shard)
     logits = []
     for text in texts:
         blocks = -(-len(text.token_ids) // _BLOCK)
-        kv_cache = LatentKVCache(config, blocks, _BLOCK, torch.float32, CPU, kv_quantization)
+        kv_cache = LatentKVCache(config, blocks, _BLOCK, dtype, CPU, kv_quantization)
         whole = run_steps(model, single_sequence_batch(text.token_ids, _BLOCK), kv_cache, routed)
         logits.append(whole[text.num_prompt - 1 : -1])
     return logits
@@ -98,14 +105,21 @@ def main(directory: Path) -> None:
     texts = passages(directory, 200)
     reference = answer_logits(directory, texts)
     print(f"{len(texts)} answers, {sum(len(logits) for logits in reference)} tokens")
+    narrow = answer_logits(directory, texts, dtype=torch.bfloat16)
+    print(_row("none, in bfloat16", quality(reference, narrow, texts)))
     for quantization in Quantization:
         with tempfile.TemporaryDirectory() as out:
             cut_checkpoint(directory, Path(out), quantization)
-            measured = quality(reference, answer_logits(Path(out), texts), texts)
-        print(
-            f"| {quantization.value} | {measured.logit_error:.2%} | {measured.largest_error:.2%} "
-            f"| {measured.same_choice:.2%} | {measured.reference_perplexity:.4f} | {measured.perplexity:.4f} |"
-        )
+            print(_row(quantization.value, quality(reference, answer_logits(Path(out), texts), texts)))
+            narrow = answer_logits(Path(out), texts, dtype=torch.bfloat16)
+            print(_row(f"{quantization.value}, in bfloat16", quality(reference, narrow, texts)))
+
+
+def _row(name: str, measured: Quality) -> str:
+    return (
+        f"| {name} | {measured.logit_error:.2%} | {measured.largest_error:.2%} "
+        f"| {measured.same_choice:.2%} | {measured.reference_perplexity:.4f} | {measured.perplexity:.4f} |"
+    )
 
 
 if __name__ == "__main__":

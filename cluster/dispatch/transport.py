@@ -104,15 +104,15 @@ class Flight:
     """An exchange under way."""
 
     def __init__(self, label: str, end: Callable[[], None]) -> None:
-        self._label = label
-        self._end = end
+        self.label = label
+        self.end = end  # of the transport: raises what that raises
 
     def wait(self) -> None:
         """Ends the exchange; once. Raises EpochAbortedError when a rank was lost or the deadline passed."""
         try:
-            self._end()
+            self.end()
         except (RuntimeError, OSError, ValueError) as error:
-            raise EpochAbortedError(f"{self._label} failed: {first_line(error)}") from error
+            raise EpochAbortedError(f"{self.label} failed: {first_line(error)}") from error
 
 
 class Link:

@@ -6,17 +6,18 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol, cast
 
+from google.protobuf.message import EncodeError
+
 from cluster.link.sockets import bound_silence
 from cluster.link.wire import LinkAddress, StreamAddress, batch_frame, hello_frame
 from cluster.logs import log_event
-from cluster.outputs import join_outputs
+from cluster.outputs import OnOutput, join_outputs
 from cluster.request import GenerationRequest, StepOutput
 from model_shards.errors import ShoalError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
 _CONNECT_S = 5.0
-OnOutput = Callable[[StepOutput | ShoalError], None]
 
 
 class StreamSource(Protocol):
@@ -35,9 +36,10 @@ class OutputHub:
         self._gateways: dict[LinkAddress, _Gateway] = {}
 
     async def run(self, request: GenerationRequest, destination: StreamAddress) -> None:
-        """Returns when the request's last output has left for the gateway; being cancelled cancels the request.
+        """Returns when the connection has taken the request's last output; being cancelled cancels the request.
 
-        Raises what the replica raises for the request, and UnavailableError when the connection to the gateway is lost.
+        Raises what the replica raises for the request, and UnavailableError when the connection to the gateway is lost,
+        or when the stream runs here already: whoever routes may ask again where the first time was not answered.
         """
         gateway = self._gateways.get(destination.link)
         if gateway is None:
@@ -71,15 +73,21 @@ class _Gateway(asyncio.Protocol):
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._ends: dict[int, asyncio.Future[None]] = {}
-        self._waiting: dict[int, StepOutput] = {}
+        self._waiting: dict[int, list[StepOutput]] = {}
         self._transport: asyncio.Transport | None = None
         self._takes_more = False
         self._will_send = False
         self._connecting = self._loop.create_task(self._connect())
 
     def add(self, stream: int) -> "asyncio.Future[None]":
-        """A stream begins; the future is done when its last output was sent, or fails with what ended it."""
+        """A stream begins; the future is done when its last output was sent, or fails with what ended it.
+
+        Raises UnavailableError for a stream that has begun. The gateway learns at once which connection feeds it.
+        """
+        if stream in self._ends:
+            raise UnavailableError("this request runs already; send it again")
         end = self._ends[stream] = self._loop.create_future()
+        self._put(stream, StepOutput("", ()))
         return end
 
     def remove(self, stream: int) -> None:
@@ -92,17 +100,19 @@ class _Gateway(asyncio.Protocol):
         if isinstance(output, ShoalError):
             _fail(self._ends[stream], output)
             return
-        waiting = self._waiting.get(stream)
-        self._waiting[stream] = output if waiting is None else join_outputs(waiting, output)
+        self._put(stream, output)
+
+    def _put(self, stream: int, output: StepOutput) -> None:
+        self._waiting.setdefault(stream, []).append(output)
         if self._takes_more and not self._will_send:
             self._will_send = True
             self._loop.call_soon(self._send)
 
     def close(self) -> None:
-        """Ends the connection, or the try to make one."""
+        """Ends the connection when it has sent what it took, or the try to make one."""
         self._connecting.cancel()
         if self._transport is not None:
-            self._transport.abort()
+            self._transport.close()
 
     # --- called by asyncio
 
@@ -143,17 +153,18 @@ class _Gateway(asyncio.Protocol):
         self._will_send = False
         if not self._waiting or not self._takes_more or self._transport is None:
             return
-        outputs, self._waiting = self._waiting, {}
+        outputs = {stream: join_outputs(waiting) for stream, waiting in self._waiting.items()}
+        self._waiting = {}
         try:
             self._transport.write(batch_frame(outputs.items()))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, EncodeError):
             # What protobuf cannot hold: a fault of ours. Better that these streams end than that they wait for ever.
             logger.exception("outputs cannot be sent")
             self._transport.abort()
             return
         for stream, output in outputs.items():
-            end = self._ends[stream]
-            if output.finish_reason is not None and not end.done():
+            end = self._ends.get(stream)
+            if end is not None and output.finish_reason is not None and not end.done():
                 end.set_result(None)
 
     def _lose(self, reason: str) -> None:

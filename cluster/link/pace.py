@@ -4,8 +4,8 @@ Each message to a client costs the same in the gateway and in Serve's proxy, wha
 the CPU from the ranks of the same machine, or fall behind the engine on their own.
 """
 
-MAX_CHUNKS_PER_S = 500.0  # of one gateway, over all its streams
-MAX_INTERVAL_S = 0.1  # a reader sees text flow at ten pieces a second
+MAX_CHUNKS_PER_S = 500.0  # of one gateway, over all its streams, up to as many as the next bound lets be
+MAX_INTERVAL_S = 0.1  # a reader sees text flow at ten pieces a second, however many others there are
 
 
 def chunk_interval_s(num_streams: int) -> float:

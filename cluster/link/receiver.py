@@ -84,15 +84,17 @@ class OutputLink:
         self._replicas.add(replica)
 
     def disconnected(self, replica: "_Replica") -> None:
-        """The replica notices too, and ends the calls whose outputs it cannot send."""
+        """A replica that lives notices too, and ends the calls whose outputs it cannot send, with a better reason."""
         self._replicas.discard(replica)
+        for stream in self._streams.values():
+            stream.lost(replica)
 
-    def deal(self, batch: pb.OutputBatch) -> None:
+    def deal(self, replica: "_Replica", batch: pb.OutputBatch) -> None:
         """Gives each output to its stream; a stream that is closed has none."""
         for wire in batch.outputs:
             stream = self._streams.get(wire.stream)
             if stream is not None:
-                stream.put(output_of(wire, stream.request_id))
+                stream.take(replica, output_of(wire, stream.request_id))
 
 
 class OutputStream:
@@ -105,6 +107,8 @@ class OutputStream:
         self._interval_s = interval_s
         self._queue: OutputQueue = asyncio.Queue()
         self._has_end = asyncio.Event()  # nothing comes behind what is in the queue
+        self._replica: _Replica | None = None  # whose connection feeds it
+        self._late: asyncio.TimerHandle | None = None
 
     def put(self, output: StepOutput | Exception) -> None:
         """An output has come, or an error ends the stream."""
@@ -112,16 +116,35 @@ class OutputStream:
         if isinstance(output, Exception) or output.finish_reason is not None:
             self._has_end.set()
 
+    def take(self, replica: "_Replica", output: StepOutput) -> None:
+        """An output has come over this connection; the first one is empty and tells only which connection it is.
+
+        From a second one the stream would get tokens twice: it fails.
+        """
+        if self._replica is None:
+            self._replica = replica
+        elif self._replica is not replica:
+            self._fail("it ran on two replicas")
+            return
+        if output.token_ids or output.finish_reason is not None:
+            self.put(output)
+
+    def lost(self, replica: "_Replica") -> None:
+        """This connection is gone; if it fed the stream, the call has `LAST_OUTPUT_S` to say why."""
+        if self._replica is replica and not self._has_end.is_set():
+            self._fail_later("the connection from its replica was lost")
+
     async def outputs(self, call: "asyncio.Future[None]") -> AsyncGenerator[StepOutput, None]:
         """Outputs up to the one with a finish reason; those that gathered meanwhile come as one.
 
         `call` ends well when the replica has sent the last output. Raises what the call raises before that output has
-        come, and UnavailableError when the call was cancelled or the last output is `LAST_OUTPUT_S` behind its end.
+        come, and UnavailableError when the call was cancelled, or the last output is `LAST_OUTPUT_S` behind its end or
+        behind the end of the connection that it was to come over.
         """
         with self._watching(call):
             ended = False
             while not ended:
-                # No deadline here: whatever becomes of the replica and the link, the call ends.
+                # No deadline here: whatever becomes of the replica, its call or the link ends (cluster.link.sockets).
                 output = await next_output(self._queue)
                 ended = output.finish_reason is not None
                 gathered = asyncio.get_running_loop().time() + self._interval_s()
@@ -137,14 +160,11 @@ class OutputStream:
 
     @contextmanager
     def _watching(self, call: "asyncio.Future[None]") -> Iterator[None]:
-        late: asyncio.TimerHandle | None = None
-
         def call_ended(call: "asyncio.Future[None]") -> None:
-            nonlocal late
             if call.cancelled():
                 self._fail("its call was cancelled")
             elif (error := call.exception()) is None:
-                late = asyncio.get_running_loop().call_later(LAST_OUTPUT_S, self._lose)
+                self._fail_later("its last output was lost")
             elif isinstance(error, Exception):
                 self.put(error)
             else:
@@ -155,11 +175,12 @@ class OutputStream:
             yield
         finally:
             call.remove_done_callback(call_ended)
-            if late is not None:
-                late.cancel()
+            if self._late is not None:
+                self._late.cancel()
 
-    def _lose(self) -> None:
-        self._fail("its last output was lost")
+    def _fail_later(self, reason: str) -> None:
+        if self._late is None:
+            self._late = asyncio.get_running_loop().call_later(LAST_OUTPUT_S, self._fail, reason)
 
     def _fail(self, reason: str) -> None:
         self.put(UnavailableError(f"request {self.request_id} failed: {reason}; send it again"))
@@ -186,7 +207,7 @@ class _Replica(asyncio.Protocol):
         try:
             for payload in self._frames.feed(data):
                 self._take(payload)
-        except (ProtocolError, DecodeError) as error:
+        except (ProtocolError, DecodeError, ValueError) as error:
             self._refuse(str(error))
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -201,7 +222,7 @@ class _Replica(asyncio.Protocol):
 
     def _take(self, payload: bytes) -> None:
         if self._admitted:
-            self._link.deal(pb.OutputBatch.FromString(payload))
+            self._link.deal(self, pb.OutputBatch.FromString(payload))
             return
         if not self._link.admits(pb.Hello.FromString(payload)):
             raise ProtocolError("the token is wrong")

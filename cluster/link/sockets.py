@@ -8,7 +8,10 @@ _PROBE_S = 5
 
 
 def bound_silence(transport: asyncio.BaseTransport) -> None:
-    """After `LOST_AFTER_S` without an answer of the other machine the connection is lost; on Linux alone."""
+    """After `LOST_AFTER_S` in which the other side acknowledged nothing the connection is lost; on Linux alone.
+
+    Also when the other machine answers, but its process takes nothing and its buffers are full.
+    """
     connection = transport.get_extra_info("socket")
     if connection is None or not hasattr(socket, "TCP_USER_TIMEOUT"):
         return

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from pathlib import Path
 
+import grpc
 import ray
 from fastapi import FastAPI
 from grpc_health.v1 import health_pb2
@@ -57,7 +58,8 @@ class ServeEngineClient:
                     async for output in outputs:
                         ended = output.finish_reason is not None
                         yield output
-            except ray.exceptions.RayActorError as error:
+            except (ray.exceptions.RayActorError, grpc.aio.AioRpcError) as error:
+                # Serve calls the replica over gRPC, and makes its own error of UNAVAILABLE alone.
                 raise UnavailableError("the attention replica of this request was lost; send it again") from error
             except (DeploymentUnavailableError, ReplicaUnavailableError) as error:
                 raise UnavailableError("no attention replica is available; send the request again") from error

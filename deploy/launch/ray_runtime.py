@@ -31,7 +31,7 @@ _QUIET = {"RAY_DEDUP_LOGS": "0", "RAY_SERVE_LOG_TO_STDERR": "0", "RAY_USAGE_STAT
 # torch's warnings about a connection or a wait that ended: what they mean is in our own log.
 _QUIET |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}
 # Serve's calls and streams go over gRPC: half the CPU time of Ray's streams of objects for each chunk to a client.
-_SERVE_TRANSPORT = {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"}
+SERVE_TRANSPORT = {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"}
 _SERVE_CONTROLLER = ("SERVE_CONTROLLER_ACTOR", "serve")
 
 
@@ -60,7 +60,7 @@ def ray_runtime(settings: ShoalSettings, spec: CellSpec, signals: StopSignals) -
     Raises UnavailableError when ray.address does not answer, ConfigError when that cluster is taken.
     """
     address = settings.ray.address
-    environment = {**proxy_environment(settings.server.host), **_SERVE_TRANSPORT, **RANK_ENVIRONMENT}
+    environment = {**proxy_environment(settings.server.host), **SERVE_TRANSPORT, **RANK_ENVIRONMENT}
     os.environ.update(environment | _QUIET)
     # What Ray's and Serve's own code says in this process; trouble comes as an exception.
     for name in ("ray", "ray.serve"):

@@ -4,7 +4,8 @@ Of a cut checkpoint (`shoal shard`) every tensor is checked against its sum befo
 
 Files are read, not mapped: pages of a mapping count as the process's memory for as long as a tensor looks at them, and
 a rank would seem to hold every file it touched. So the peak is the slice plus the largest tensor, as stored.
-Whoever loads calls `lay_out` next: matrix by matrix, so that the peak is then the slice and the experts of one layer.
+Whoever loads calls `lay_out` next. That goes matrix by matrix, and its peak is the slice as laid out, one matrix of all
+experts of a layer, and the largest matrix in float32.
 """
 
 from collections.abc import Callable, Iterable
@@ -45,7 +46,7 @@ def load_attention_model(
     names = {name for name, _ in AttentionModel(config, dtype, _META).hf_slices()}
     tensors = Checkpoint.open(directory).tensors(config, names)
     what = "the attention slice" + (" with its KV cache" if reserved_bytes else "")
-    _check_room(attention_slice_bytes(config, dtype) + reserved_bytes, device, what)
+    _check_room(attention_slice_bytes(config, dtype, device.type) + reserved_bytes, device, what)
     model = AttentionModel(config, dtype, device)
     _fill(model.hf_slices(), tensors, progress)
     return model

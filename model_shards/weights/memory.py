@@ -16,9 +16,13 @@ _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def attention_slice_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of the weights of one attention rank; allocates nothing."""
-    return _parameter_bytes(AttentionModel(config, dtype, torch.device("meta")))
+def attention_slice_bytes(config: ModelConfig, dtype: torch.dtype, device_type: str) -> int:
+    """Bytes of the weights of one attention rank as they are laid out on a "cpu" or "cuda"; allocates nothing."""
+    model = AttentionModel(config, dtype, torch.device("meta"))
+    # A CPU holds W_UK and W_UV in float32 in place of kv_b_proj (model_shards.up_projection).
+    wider = 4 - dtype.itemsize if device_type == "cpu" else 0
+    widened = sum(weight.numel() for name, weight in model.hf_slices() if name.endswith("kv_b_proj.weight"))
+    return _parameter_bytes(model) + wider * widened
 
 
 def expert_slice_bytes(

@@ -50,6 +50,7 @@ def serve_all(cell, num_attention, expected, after_outputs):
     [
         pytest.param(1, 1, {}, id="1-1"),
         pytest.param(1, 3, {"num_micro_batches": 2}, id="1-3-two-micro-batches"),
+        pytest.param(2, 2, {"num_micro_batches": 3, "choose_micro_batches": True}, id="2-2-chosen-micro-batches"),
         pytest.param(
             2,
             4,

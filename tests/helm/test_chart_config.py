@@ -17,15 +17,17 @@ NOT_IN_CONFIG = {
     "server": {"host", "grpc_port", "http_port"},
     "ray": {"address", "replace", "attention_resource", "expert_resource"},
 }
-BOUNDS = ("type", "enum", "pattern", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+BOUNDS = ("type", "enum", "const", "pattern", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 
 def bounds(node):
-    """The constraints of one key; a key that may be null in a file is left out of the values instead."""
-    [node] = [branch for branch in node.get("anyOf", [node]) if branch.get("type") != "null"]
-    found = {name: node[name] for name in BOUNDS if name in node}
-    if "enum" in found:
-        found.pop("type", None)
+    """The constraints of one key in each form it may have; what may be null in a file is left out of the values."""
+    found = []
+    for branch in node.get("anyOf", [node]):
+        if branch.get("type") != "null":
+            found.append({name: branch[name] for name in BOUNDS if name in branch})
+            if {"enum", "const"} & found[-1].keys():
+                found[-1].pop("type", None)
     return found
 
 

@@ -8,6 +8,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from cluster.device import RANK_ENVIRONMENT
+from deploy.launch.ray_runtime import SERVE_TRANSPORT
 from tests.helm import crds
 from tests.helm.chart import CASES, CHART, RENDERS, VALUES, documents, helm, parse, pod_templates, ray_service, render
 
@@ -128,3 +130,11 @@ def test_a_changed_config_changes_every_pod_template():
         for role in ("head", "attention", "expert")
     }
     assert len(checksums) == 2
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_ray_container_has_the_environment_that_shoal_serve_gives_its_own(case):
+    for template in pod_templates(case).values():
+        [container] = [entry for entry in template["spec"]["containers"] if "env" in entry]
+        found = {entry["name"]: entry["value"] for entry in container["env"]}
+        assert {**SERVE_TRANSPORT, **RANK_ENVIRONMENT}.items() <= found.items()

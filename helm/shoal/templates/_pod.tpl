@@ -67,6 +67,15 @@ imagePullPolicy: {{ $v.image.pullPolicy }}
 env:
   - name: RAY_USAGE_STATS_ENABLED
     value: "0"
+  {{- /* deploy/launch/ray_runtime.py and cluster/device.py say why; they are read when Ray and torch are loaded. */}}
+  - name: RAY_SERVE_USE_GRPC_BY_DEFAULT
+    value: "1"
+  - name: OMP_WAIT_POLICY
+    value: PASSIVE
+  - name: GOMP_SPINCOUNT
+    value: "10000"
+  - name: GLIBC_TUNABLES
+    value: glibc.malloc.hugetlb=1
   {{- with .group.env }}
   {{- toYaml . | nindent 2 }}
   {{- end }}

@@ -1,5 +1,6 @@
 """The engine against a slow reference that generates every request alone, without cache, batch or scheduler."""
 
+import itertools
 from dataclasses import dataclass, replace
 
 import pytest
@@ -22,7 +23,10 @@ LIMITS = EngineLimits(
 
 
 def make_engine(limits: EngineLimits = LIMITS) -> Engine:
-    return Engine(fake_config(), FakeModel(), fake_cache(limits.num_blocks, limits.block_size), limits)
+    # A clock without time: what is chosen by measurement is then a matter of the steps alone.
+    ticks = itertools.count()
+    cache = fake_cache(limits.num_blocks, limits.block_size)
+    return Engine(fake_config(), FakeModel(), cache, limits, clock=lambda: float(next(ticks) % 7))
 
 
 def run(engine: Engine, step: ScheduledStep, fails_at: int | None = None) -> SampledStep:
@@ -118,6 +122,7 @@ def workloads(draw: st.DrawFn) -> Workload:
         block_size=block_size,
         num_blocks=num_blocks,
         num_micro_batches=draw(st.integers(1, 3)),
+        choose_micro_batches=draw(st.booleans()),
         prefix_cache=draw(st.booleans()),
     )
     token = st.integers(0, FAKE_VOCAB_SIZE - 1)
@@ -319,7 +324,7 @@ def test_what_was_computed_with_logits_that_are_not_finite_is_never_shared() -> 
         if number == 0:
             engine.cancel("b")
         assert [(chunk.start, chunk.stop) for chunk in step.chunks] == [(8, 11), (8, 11)]
-        lost = SampledStep(tuple(SampledToken(NO_TOKEN, None, ()) for _ in step.sampled))
+        lost = SampledStep(tuple(SampledToken(NO_TOKEN, None, ()) for _ in step.sampled), 1.0)
         outputs = engine.commit(step, lost)
         assert {output.finish_reason for output in outputs} == {FinishReason.ERROR}
         engine.check_integrity()

@@ -7,11 +7,13 @@ from contextlib import aclosing
 import pytest
 import uvloop
 
+from cluster.link import link_pb2 as pb
 from cluster.link import receiver
 from cluster.link.hub import OutputHub
 from cluster.link.pace import MAX_CHUNKS_PER_S, MAX_INTERVAL_S, chunk_interval_s
 from cluster.link.receiver import OutputLink, OutputStream
 from cluster.link.wire import LinkAddress, StreamAddress
+from cluster.outputs import MAX_JOINED
 from cluster.request import FinishReason
 from model_shards.errors import InvalidRequestError, UnavailableError
 from tests.linked import LAST, FakeReplica, linked, output, request_of
@@ -27,7 +29,14 @@ async def rest(stream, call):
 async def test_the_outputs_of_a_step_cross_in_one_message_and_reach_their_streams(monkeypatch):
     batches = []
     deal = OutputLink.deal
-    monkeypatch.setattr(OutputLink, "deal", lambda self, batch: (batches.append(len(batch.outputs)), deal(self, batch)))
+
+    def count(link: OutputLink, replica: object, batch: pb.OutputBatch) -> None:
+        # The first output of a stream is empty, and comes when it begins.
+        if any(output.token_ids for output in batch.outputs):
+            batches.append(len(batch.outputs))
+        deal(link, replica, batch)
+
+    monkeypatch.setattr(OutputLink, "deal", count)
     async with linked() as ends, ends.call("a") as (first, first_call), ends.call("b") as (second, second_call):
         await ends.replica.until_running("a", "b")
         async with aclosing(first.outputs(first_call)) as a, aclosing(second.outputs(second_call)) as b:
@@ -160,12 +169,14 @@ async def test_a_call_that_is_cancelled_cancels_the_request_and_leaves_the_link_
 
 @on_event_loop
 async def test_outputs_of_a_stream_that_was_left_are_dropped():
-    async with linked() as ends, ends.call("a") as (_, left), ends.call("b") as (other, other_call):
-        await ends.replica.until_running("a", "b")
+    async with linked() as ends, ends.call("b") as (other, other_call):
+        with ends.link.open_stream("a") as left:
+            call = asyncio.ensure_future(ends.hub.run(request_of("a"), left.address))
+            await ends.replica.until_running("a", "b")
+        # The gateway knows nothing of it any more, and the replica has not heard.
         ends.replica.step(output("a", 1), output("b", 2))
-        left.cancel()
-        await ends.replica.until_running("b")
-        ends.replica.step(output("b", 3, reason=LAST))
+        ends.replica.step(output("a", 3, reason=LAST), output("b", 3, reason=LAST))
+        await call
         assert await rest(other, other_call) == [output("b", 2, 3, reason=LAST)]
 
 
@@ -298,3 +309,53 @@ def test_both_ends_run_on_rays_event_loop():
 
 def test_the_token_is_in_no_log():
     assert "secret" not in repr(StreamAddress(LinkAddress("h", 1, "secret"), 1))
+
+
+@on_event_loop
+async def test_a_replica_that_is_gone_with_its_machine_ends_its_streams_though_no_call_tells(monkeypatch):
+    """The call of a machine that is gone stays open for minutes; the connection does not."""
+    monkeypatch.setattr(receiver, "LAST_OUTPUT_S", 0.05)
+    async with linked() as ends, ends.call("a") as (stream, _):
+        await ends.replica.until_running("a")
+        silent = asyncio.get_running_loop().create_future()
+        ends.replica.step(output("a", 1))
+        outputs = stream.outputs(silent)
+        assert await anext(outputs) == output("a", 1)
+        [connection] = ends.link._replicas
+        connection.abort()
+        with pytest.raises(UnavailableError, match="request a failed: the connection from its replica was lost"):
+            await anext(outputs)
+
+
+@on_event_loop
+async def test_a_stream_is_fed_by_one_replica_or_fails():
+    async with linked() as ends, ends.call("a") as (stream, call):
+        await ends.replica.until_running("a")
+        other = OutputHub(FakeReplica())
+        twice = asyncio.create_task(other.run(request_of("a"), stream.address))
+        with pytest.raises(UnavailableError, match="request a failed: it ran on two replicas"):
+            await rest(stream, call)
+        twice.cancel()
+        await asyncio.wait([twice])
+        other.close()
+
+
+@on_event_loop
+async def test_a_request_that_is_routed_twice_to_one_replica_is_refused_the_second_time_and_runs_on():
+    async with linked() as ends, ends.call("a") as (stream, call):
+        await ends.replica.until_running("a")
+        with pytest.raises(UnavailableError, match="runs already"):
+            await ends.hub.run(request_of("a"), stream.address)
+        ends.replica.step(output("a", 5, reason=LAST))
+        assert await rest(stream, call) == [output("a", 5, reason=LAST)]
+
+
+@on_event_loop
+async def test_what_waits_is_joined_a_bounded_number_at_a_time():
+    stream = OutputStream("a", StreamAddress(LinkAddress("h", 1, "t"), 1), lambda: 0.0)
+    for token in range(2 * MAX_JOINED + 10):
+        stream.put(output("a", token))
+    stream.put(output("a", 7, reason=LAST))
+    told = await rest(stream, asyncio.get_running_loop().create_future())
+    assert [len(entry.token_ids) for entry in told] == [MAX_JOINED, MAX_JOINED, 11]
+    assert [token for entry in told for token in entry.token_ids] == [*range(2 * MAX_JOINED + 10), 7]

@@ -154,11 +154,9 @@ def test_logits_that_are_not_finite_end_their_request_alone(directory, model, mo
 
     def broken(self, step, routed):
         sampled = run(self, step, routed)
-        return (
-            sampled
-            if step.sampled[0].request.request_id != "a"
-            else type(sampled)(tuple(type(token)(-1) for token in sampled.tokens[:1]) + sampled.tokens[1:])
-        )
+        if step.sampled[0].request.request_id != "a":
+            return sampled
+        return replace(sampled, tokens=(type(sampled.tokens[0])(-1), *sampled.tokens[1:]))
 
     async def scenario() -> None:
         async with tiny_cell(directory) as cell:

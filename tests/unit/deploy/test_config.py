@@ -24,7 +24,7 @@ VALUES = {
     "cell.expert_shards": st.integers(1, 100),
     "cell.device": st.sampled_from(["cpu", "cuda"]),
     "cell.dtype": st.sampled_from(["auto", "float32", "bfloat16"]),
-    "cell.micro_batches": st.integers(1, 3),
+    "cell.micro_batches": st.sampled_from(["auto", 1, 2, 3]),
     "cell.transport": st.sampled_from(["auto", "gloo"]),
     "cell.load_timeout_s": SECONDS,
     "cell.join_timeout_s": SECONDS,

@@ -19,7 +19,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @PACKERS
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 64, 32), (3, 33, 17), (40, 192, 130)])
+@pytest.mark.parametrize("shape", [(0, 64, 32), (1, 1, 1), (1, 64, 32), (3, 33, 17), (40, 192, 130)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_a_laid_out_matrix_gives_the_product_and_keeps_nothing_of_the_original(pack, shape, with_bias) -> None:
     rows, inner, outer = shape
@@ -31,7 +31,8 @@ def test_a_laid_out_matrix_gives_the_product_and_keeps_nothing_of_the_original(p
     weight.fill_(float("nan"))
     product = multiply(x.to(OPERANDS[pack]))
     assert product.dtype is OPERANDS[pack]
-    assert relative_error(product, exact) < 6e-3
+    assert product.shape == exact.shape
+    assert not rows or relative_error(product, exact) < 6e-3
 
 
 def test_half_keeps_every_digit_of_bfloat16_and_what_is_below_its_steps_to_the_step() -> None:
@@ -94,9 +95,8 @@ def test_each_expert_multiplies_its_own_rows(monkeypatch, flags) -> None:
     x = random(7, 6, seed=1).bfloat16()
     counts = [2, 0, 4, 1]
     exact = torch.cat([rows.double() @ weight[e].double().T for e, rows in enumerate(x.split(counts))])
-    laid_out = matrices.laid_out()
-    if laid_out is not matrices:
-        matrices.release()
+    laid_out = matrices.lay_out()
+    assert matrices.weight.numel() == (weight.numel() if laid_out is matrices else 0)
     assert relative_error(laid_out.grouped(x, counts), exact) < 6e-3
 
 

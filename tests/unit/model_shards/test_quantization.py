@@ -81,7 +81,10 @@ def test_products_are_those_of_the_widened_matrix(
     x = matrix(num_rows, inner, 1).to(dtype)
     quantized = quantize_rows(matrix(outer, inner, 0), quantization)
     exact = x.double() @ (quantized.values.double() * quantized.scale_inv[:, None].double()).T
-    actual = filled(quantization, dtype, outer, inner, 1).grouped(x, [num_rows])
+    matrices = filled(quantization, dtype, outer, inner, 1)
+    actual = matrices.grouped(x, [num_rows])
+    # Of a wider x the matrix is widened no further than to the dtype it was made for.
+    assert torch.equal(actual, matrices.grouped(x.float(), [num_rows]))
     assert relative_error(actual, exact) < (1e-6 if dtype is torch.float32 else 6e-3)
 
 
@@ -89,9 +92,22 @@ def test_products_are_those_of_the_widened_matrix(
     ("quantization", "dtype"),
     [(Quantization.FP8, torch.bfloat16), (Quantization.FP8, torch.float32), (Quantization.INT8, torch.float32)],
 )
-def test_only_int8_under_bfloat16_is_laid_out(quantization: Quantization, dtype: torch.dtype) -> None:
+def test_what_would_be_rounded_by_it_is_not_laid_out(quantization: Quantization, dtype: torch.dtype) -> None:
     matrices = filled(quantization, dtype, 3, 5, 2)
-    assert matrices.laid_out() is matrices
+    assert matrices.lay_out() is matrices
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_int8_under_bfloat16_is_laid_out_where_the_cpu_has_products_of_8_bits(
+    monkeypatch: pytest.MonkeyPatch, able: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": able})
+    matrices = filled(Quantization.INT8, torch.bfloat16, 12, 20, 2)
+    x, counts = matrix(5, 20, 9).bfloat16(), [2, 3]
+    before = matrices.grouped(x, counts)
+    laid_out = matrices.lay_out()
+    assert (laid_out is not matrices) == able
+    assert relative_error(laid_out.grouped(x, counts), before.double()) < 0.02
 
 
 @BOTH

@@ -180,7 +180,11 @@ def test_an_expert_rank_without_experts_reads_headers_only(indexed: Path) -> Non
 def test_slice_bytes_are_those_of_the_loaded_tensors(indexed: Path, dtype: torch.dtype) -> None:
     attention = dict(load_attention(indexed, CONFIG, dtype, CPU).hf_slices())
     experts = dict(load_experts(indexed, CONFIG, (0, 4, 7), dtype, CPU).hf_slices())
-    assert attention_slice_bytes(CONFIG, dtype) == sum(tensor.nbytes for tensor in attention.values())
+    assert attention_slice_bytes(CONFIG, dtype, "cuda") == sum(tensor.nbytes for tensor in attention.values())
+    # Laid out on a CPU, W_UK and W_UV are float32.
+    widened = sum(tensor.numel() for name, tensor in attention.items() if name.endswith("kv_b_proj.weight"))
+    wider = attention_slice_bytes(CONFIG, dtype, "cpu") - attention_slice_bytes(CONFIG, dtype, "cuda")
+    assert wider == widened * (4 - dtype.itemsize)
     assert expert_slice_bytes(CONFIG, 3, dtype) == sum(tensor.nbytes for tensor in experts.values())
 
 

@@ -78,7 +78,7 @@ def test_the_peak_while_loading_is_the_slice_and_one_tensor(tmp_path: Path, role
         sizes = write_zeros(directory, config)
     config = model_config_of(WIDE)
     if role == "attention":
-        held = attention_slice_bytes(config, torch.float32)
+        held = attention_slice_bytes(config, torch.float32, "cpu")
     else:
         held = expert_slice_bytes(config, 2, torch.float32)
     command = [sys.executable, "-c", CHILD, str(small), str(wide), role]
@@ -98,7 +98,7 @@ def test_too_little_memory_is_refused_with_the_numbers_before_a_tensor_is_read(
     config = model_config_of(model.config)
     write_single(tmp_path, stored_state(model))
     if role == "attention":
-        needed, what = attention_slice_bytes(config, torch.float32), "the attention slice on cpu"
+        needed, what = attention_slice_bytes(config, torch.float32, "cpu"), "the attention slice on cpu"
     else:
         needed, what = expert_slice_bytes(config, 3, torch.float32), "a slice of 3 of 8 experts on cpu"
 
@@ -124,7 +124,7 @@ def test_the_kv_cache_must_fit_beside_the_attention_slice(tmp_path: Path, monkey
     model = branchy_model()
     config = model_config_of(model.config)
     write_single(tmp_path, stored_state(model))
-    needed = attention_slice_bytes(config, torch.float32)
+    needed = attention_slice_bytes(config, torch.float32, "cpu")
     monkeypatch.setattr(loader, "available_bytes", lambda device: needed + 100)
     load_attention_model(tmp_path, config, torch.float32, CPU, reserved_bytes=100)
     with pytest.raises(CapacityError, match="the attention slice with its KV cache on cpu needs"):
@@ -150,5 +150,5 @@ def test_available_memory_is_what_the_system_says(tmp_path: Path, monkeypatch: p
 def test_slices_add_up_to_the_checkpoint() -> None:
     config = model_config_of(WIDE)
     total = sum(4 * math.prod(shape) for shape in expected_shapes(config).values())
-    attention = attention_slice_bytes(config, torch.float32)
+    attention = attention_slice_bytes(config, torch.float32, "cpu")
     assert attention + sum(expert_slice_bytes(config, n, torch.float32) for n in (10, 22)) == total
