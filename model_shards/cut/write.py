@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from contextlib import ExitStack
-from io import BufferedReader, FileIO
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ def write_planned(directory: Path, planned: PlannedFile, advance: Callable[[int]
     no file.
     """
     with ExitStack() as sources:
-        streams: dict[Path, BufferedReader] = {}
+        streams: dict[Path, FileIO] = {}
         for part in planned.parts:
             file = part.source.file
             if file not in streams:
@@ -80,7 +80,7 @@ class _SummedOutput:
         self._num_bytes += len(data)
 
 
-def _write_part(part: Part, stream: BufferedReader, output: _SummedOutput, advance: Callable[[int], None]) -> None:
+def _write_part(part: Part, stream: FileIO, output: _SummedOutput, advance: Callable[[int], None]) -> None:
     source = part.source
     reader = TensorReader(stream, source)
     tensor_sum = hashlib.sha256()

@@ -1,14 +1,17 @@
-"""Fills a rank's model from the checkpoint: tensors in file order, each through one reused buffer.
+"""Fills a rank's model from the checkpoint: tensors in file order, each straight into its place where it lies there as
+it is stored, through one reused buffer where its dtype or device is another.
 
-Of a cut checkpoint (`shoal shard`) every tensor is checked against its sum before it reaches the model.
+Of a cut checkpoint (`shoal shard`) every tensor is checked against its sum while the next ones are read; nobody gets a
+model with one that failed.
 
 Files are read, not mapped: pages of a mapping count as the process's memory for as long as a tensor looks at them, and
-a rank would seem to hold every file it touched. So the peak is the slice plus the largest tensor, as stored.
-Whoever loads calls `lay_out` next. That goes matrix by matrix, and its peak is the slice as laid out, one matrix of all
-experts of a layer, and the largest matrix in float32.
+a rank would seem to hold every file it touched. So the peak is the slice plus the largest tensor that is
+converted, as stored. Whoever loads calls `lay_out` next: its peak is the slice as laid out, one matrix of all experts of
+a layer, and the largest matrix in float32.
 """
 
 from collections.abc import Callable, Iterable
+from io import FileIO
 from itertools import groupby
 from pathlib import Path
 
@@ -17,10 +20,11 @@ import torch
 from model_shards.config import ModelConfig
 from model_shards.experts import ExpertShardModel
 from model_shards.model import AttentionModel
+from model_shards.weights.background import BackgroundChecks
 from model_shards.weights.check import Checkpoint
 from model_shards.weights.header import StoredTensor
 from model_shards.weights.memory import attention_slice_bytes, available_bytes, check_memory, expert_slice_bytes
-from model_shards.weights.reading import TensorReader, open_weights
+from model_shards.weights.reading import check_tensor, open_weights, read_unchecked
 
 # Called with (bytes read, bytes to read): once before the first tensor and once after each.
 Progress = Callable[[int, int], None]
@@ -84,20 +88,41 @@ def _check_room(needed: int, device: torch.device, what: str) -> None:
 def _fill(
     slices: Iterable[tuple[str, torch.Tensor]], tensors: dict[str, StoredTensor], progress: Progress | None
 ) -> None:
-    """Copies each named tensor into its view, converting the dtype."""
+    """Fills each view with the tensor of its name, converting the dtype."""
     jobs = [(tensors[name], view) for name, view in slices]
     jobs.sort(key=lambda job: (job[0].file, job[0].start))
     total = sum(tensor.num_bytes for tensor, _ in jobs)
-    buffer = bytearray(max((tensor.num_bytes for tensor, _ in jobs), default=0))
+    buffer = bytearray(max((tensor.num_bytes for tensor, view in jobs if not _as_stored(tensor, view)), default=0))
     done = 0
     if progress is not None:
         progress(done, total)
-    for file, jobs_of_file in groupby(jobs, key=lambda job: job[0].file):
-        with open_weights(file) as stream:
-            for tensor, view in jobs_of_file:
-                TensorReader(stream, tensor).read_into(memoryview(buffer)[: tensor.num_bytes])
-                stored = torch.frombuffer(buffer, dtype=tensor.dtype, count=tensor.num_bytes // tensor.dtype.itemsize)
-                view.copy_(stored.view(tensor.shape))
-                done += tensor.num_bytes
-                if progress is not None:
-                    progress(done, total)
+    with BackgroundChecks() as checks:
+        for file, jobs_of_file in groupby(jobs, key=lambda job: job[0].file):
+            with open_weights(file) as stream:
+                for tensor, view in jobs_of_file:
+                    if _as_stored(tensor, view):
+                        target = _bytes_of(view)
+                        read_unchecked(stream, tensor, target)
+                        checks.add(tensor, target)
+                    else:
+                        _convert(stream, tensor, view, memoryview(buffer)[: tensor.num_bytes])
+                    done += tensor.num_bytes
+                    if progress is not None:
+                        progress(done, total)
+
+
+def _as_stored(tensor: StoredTensor, view: torch.Tensor) -> bool:
+    """Whether the view's memory holds the tensor as the file does."""
+    return view.device.type == "cpu" and view.dtype == tensor.dtype and view.is_contiguous()
+
+
+def _bytes_of(view: torch.Tensor) -> memoryview:
+    """The view's own memory."""
+    return view.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _convert(stream: FileIO, tensor: StoredTensor, view: torch.Tensor, buffer: memoryview) -> None:
+    read_unchecked(stream, tensor, buffer)
+    check_tensor(tensor, buffer)
+    stored = torch.frombuffer(buffer, dtype=tensor.dtype, count=tensor.num_bytes // tensor.dtype.itemsize)
+    view.copy_(stored.view(tensor.shape))

@@ -1,7 +1,7 @@
 """Bytes of tensors from a safetensors file, checked against the sum that a cut checkpoint has for them."""
 
 import hashlib
-from io import BufferedReader
+from io import FileIO
 from pathlib import Path
 
 from model_shards.errors import CheckpointError
@@ -10,18 +10,21 @@ from model_shards.weights.header import StoredTensor
 REMEDY = "copy the file again, or delete it and run the same `shoal shard` again, which cuts it anew"
 
 
-def open_weights(file: Path) -> BufferedReader:
-    """Raises CheckpointError."""
+def open_weights(file: Path) -> FileIO:
+    """Without a buffer: all reads are large, and what a buffer reads ahead is lost at the next seek.
+
+    Raises CheckpointError.
+    """
     try:
-        return file.open("rb")
+        return file.open("rb", buffering=0)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
 
 
 class TensorReader:
-    """One tensor of an open file, from its first byte to its last."""
+    """One tensor of an open file, from its first byte to its last, checked on the way."""
 
-    def __init__(self, stream: BufferedReader, tensor: StoredTensor) -> None:
+    def __init__(self, stream: FileIO, tensor: StoredTensor) -> None:
         self._stream = stream
         self._tensor = tensor
         self._position = tensor.start
@@ -33,29 +36,49 @@ class TensorReader:
         Raises CheckpointError naming file and tensor: for a read that fails or ends early, and for bytes that are not
         those that were written, with both sums.
         """
-        tensor, rest = self._tensor, target
-        try:
-            self._stream.seek(self._position)
-            while rest:  # the system may give less than was asked in one read
-                count = self._stream.readinto(rest)
-                if not count:
-                    raise CheckpointError(f"{tensor.file} became shorter while tensor {tensor.name} was read from it")
-                rest = rest[count:]
-        except OSError as error:
-            raise CheckpointError(f"{tensor.file} cannot be read at tensor {tensor.name}: {error.strerror}") from error
+        _fill(target, self._stream, self._position, self._tensor)
         self._position += len(target)
         if self._digest is not None:
             self._digest.update(target)
-            if self._position == tensor.start + tensor.num_bytes:
-                self._check(self._digest.hexdigest())
+            if self._position == self._tensor.start + self._tensor.num_bytes:
+                _compare(self._tensor, self._digest.hexdigest())
 
-    def _check(self, found: str) -> None:
-        tensor = self._tensor
-        if found != tensor.sha256:
-            raise CheckpointError(
-                f"{tensor.file} is damaged: tensor {tensor.name} must have SHA-256 {tensor.sha256}, found {found}; "
-                f"{REMEDY}"
-            )
+
+def read_unchecked(stream: FileIO, tensor: StoredTensor, target: memoryview) -> None:
+    """Fills `target` with all bytes of the tensor; `check_tensor` is the caller's to call.
+
+    Raises CheckpointError naming file and tensor, for a read that fails or ends early.
+    """
+    _fill(target, stream, tensor.start, tensor)
+
+
+def check_tensor(tensor: StoredTensor, data: memoryview) -> None:
+    """All bytes of a tensor against its sum, where a manifest has one. Another thread may run meanwhile.
+
+    Raises CheckpointError naming file and tensor, with both sums.
+    """
+    if tensor.sha256 is not None:
+        _compare(tensor, hashlib.sha256(data).hexdigest())
+
+
+def _fill(target: memoryview, stream: FileIO, position: int, tensor: StoredTensor) -> None:
+    rest = target
+    try:
+        stream.seek(position)
+        while rest:  # the system may give less than was asked in one read
+            count = stream.readinto(rest)
+            if not count:
+                raise CheckpointError(f"{tensor.file} became shorter while tensor {tensor.name} was read from it")
+            rest = rest[count:]
+    except OSError as error:
+        raise CheckpointError(f"{tensor.file} cannot be read at tensor {tensor.name}: {error.strerror}") from error
+
+
+def _compare(tensor: StoredTensor, found: str) -> None:
+    if found != tensor.sha256:
+        raise CheckpointError(
+            f"{tensor.file} is damaged: tensor {tensor.name} must have SHA-256 {tensor.sha256}, found {found}; {REMEDY}"
+        )
 
 
 def check_file(file: Path, num_bytes: int, sha256: str) -> None:
