@@ -5,9 +5,9 @@ Of a cut checkpoint (`shoal shard`) every tensor is checked against its sum whil
 model with one that failed.
 
 Files are read, not mapped: pages of a mapping count as the process's memory for as long as a tensor looks at them, and
-a rank would seem to hold every file it touched. So the peak is the slice plus the largest tensor that is
-converted, as stored. Whoever loads calls `lay_out` next: its peak is the slice as laid out, one matrix of all experts of
-a layer, and the largest matrix in float32.
+a rank would seem to hold every file it touched. So the peak is the slice plus the largest tensor that is converted, as
+stored. Whoever loads calls `lay_out` next: its peak is the slice as laid out, one matrix of all experts of a layer, and
+the largest matrix in float32.
 """
 
 from collections.abc import Callable, Iterable
