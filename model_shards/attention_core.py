@@ -32,5 +32,5 @@ class AttentionCore(Protocol):
 
 def choose_core(config: ModelConfig, device: torch.device) -> AttentionCore:
     """float32 in blocks on a CPU, whatever the model's dtype: without bf16 instructions its products of float32 are two
-    to five times as fast, and they are as fast with them. Fused kernels in the model's dtype elsewhere."""
+    to five times as fast (with them it was not measured). Fused kernels in the model's dtype elsewhere."""
     return BlockwiseAttention(config) if device.type == "cpu" else FusedAttention(config)

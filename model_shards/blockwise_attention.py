@@ -45,7 +45,7 @@ class BlockwiseAttention:
         self._scale = attention_scale(config)
 
     def lay_out(self, kv_b_weight: torch.Tensor) -> UpProjections:
-        """Copies in float32: all of a bf16 weight, of a float32 one the half that is W_UV."""
+        """Copies in float32."""
         return widened(split_heads(kv_b_weight, self._num_heads, self._nope_dim))
 
     def queries(self, projected: torch.Tensor) -> torch.Tensor:

@@ -119,7 +119,9 @@ class _PackedMatrix(GroupedMatrix):
 
 class _PackedInt8Matrix(GroupedMatrix):
     def __init__(self, weight: torch.Tensor, scale_inv: torch.Tensor) -> None:
-        self._matrices = [PackedInt8(matrix, scale) for matrix, scale in zip(weight, scale_inv, strict=True)]
+        # Eight bytes a row of a matrix: of all experts they would come to as much as some of the experts.
+        zeros = torch.zeros(weight.shape[1], dtype=torch.int64)
+        self._matrices = [PackedInt8(matrix, scale, zeros) for matrix, scale in zip(weight, scale_inv, strict=True)]
 
     def grouped(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         quantized = quantize_activations(x)

@@ -13,7 +13,7 @@ import torch
 
 from model_shards.config import ModelConfig
 from model_shards.latent_row import SCALE_BYTES, row_bytes
-from model_shards.quantization import Quantization
+from model_shards.quantization import Quantization, nearest_values, row_scales
 from model_shards.scratch import Scratch
 
 # Bit 31 and bits 20 to 26 of an int32.
@@ -74,17 +74,12 @@ class QuantizedCodec:
 
     def encode(self, kv_c: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:
         """See `LatentCodec`. A value that is not finite makes its own row so, and is no error: no other row has it."""
-        largest = self._quantization.largest
         wide = kv_c.float()
-        # Zeros and subnormals: the smallest normal scale gives zeros, and no division by zero.
-        scale_inv = (wide.abs().amax(-1, keepdim=True) / largest).clamp_min(torch.finfo(torch.float32).tiny)
-        scaled = wide / scale_inv
-        if self._quantization is Quantization.INT8:
-            scaled = scaled.round_()
+        scale_inv = row_scales(wide, self._quantization.largest)
+        values = nearest_values(wide / scale_inv, self._quantization)
         rows = torch.zeros((kv_c.shape[0], self.width), dtype=torch.uint8, device=kv_c.device)
         rows[:, :SCALE_BYTES] = scale_inv.view(torch.uint8)
         rows[:, SCALE_BYTES : self._values_at] = k_pe.to(self._dtype).contiguous().view(torch.uint8)
-        values = scaled.clamp_(-largest, largest).to(self._quantization.dtype)
         rows[:, self._values_at : self._values_at + self._rank] = values.view(torch.uint8)
         return rows
 

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from model_shards.quantization import Quantization, row_scales
+
 _LARGEST_HALF = 65504.0
 # Rows that oneDNN is told to lay the matrix out for: a decode batch's.
 _TYPICAL_ROWS = 32
@@ -91,26 +93,23 @@ class QuantizedActivations:
 
 # Signed operands are far slower in oneDNN than unsigned ones about a zero point.
 ZERO_POINT = 128
-_LARGEST_INT8 = 127.0
 
 
 def quantize_activations(x: torch.Tensor) -> QuantizedActivations:
     """Each row of x [P, I] by itself, symmetric. A row that is not finite gives a scale that is not."""
     wide = x.float()
-    scale = wide.abs().amax(dim=1, keepdim=True) / _LARGEST_INT8
-    # A row of zeros: any scale does, but no division by zero.
-    steps = wide / scale.clamp_min(torch.finfo(torch.float32).tiny)
-    return QuantizedActivations(steps.add_(ZERO_POINT).round_().clamp_(0, 255).to(torch.uint8), scale)
+    scale = row_scales(wide, Quantization.INT8.largest)
+    return QuantizedActivations((wide / scale).add_(ZERO_POINT).round_().clamp_(0, 255).to(torch.uint8), scale)
 
 
 class PackedInt8:
     """One int8 matrix with a scale for each of its rows, multiplied by quantized activations."""
 
-    def __init__(self, weight: torch.Tensor, scale_inv: torch.Tensor) -> None:
-        """From W [O, I] int8 and its scales [O] float32."""
+    def __init__(self, weight: torch.Tensor, scale_inv: torch.Tensor, zero_points: torch.Tensor) -> None:
+        """From W [O, I] int8 and its scales [O] float32; `zero_points` [O] int64 are zeros, which many may share."""
         self._packed = torch.ops.onednn.qlinear_prepack(weight, None)
         self._scale_inv = scale_inv
-        self._zero_points = torch.zeros_like(scale_inv, dtype=torch.int64)
+        self._zero_points = zero_points
 
     def multiply(self, values: torch.Tensor) -> torch.Tensor:
         """(values - ZERO_POINT) W^T, [P, I] uint8 -> [P, O] float32: to be multiplied by the rows' scales."""

@@ -44,13 +44,24 @@ class QuantizedRows:
 def quantize_rows(weight: torch.Tensor, quantization: Quantization) -> QuantizedRows:
     """Quantizes weight [rows, in], each row by itself. Raises ValueError when a value is not finite in float32."""
     wide = weight.float()
-    largest = wide.abs().amax(dim=1)  # [rows]
-    if not bool(largest.isfinite().all()):
+    scale_inv = row_scales(wide, quantization.largest)  # [rows, 1]
+    if not bool(scale_inv.isfinite().all()):
         raise ValueError("a value is not finite")
+    scaled = wide.div_(scale_inv) if wide is not weight else wide / scale_inv
+    return QuantizedRows(nearest_values(scaled, quantization), scale_inv[:, 0])
+
+
+def row_scales(wide: torch.Tensor, largest: int) -> torch.Tensor:
+    """scale_inv [..., 1] of rows [..., in] float32, whose largest value then is `largest`.
+
+    Not finite for a row that is not, and for that row alone.
+    """
     # A row of zeros, or of subnormals: the smallest normal scale gives zeros, and no division by zero.
-    scale_inv = (largest / quantization.largest).clamp_min(torch.finfo(torch.float32).tiny)
-    scaled = wide.div_(scale_inv[:, None]) if wide is not weight else wide / scale_inv[:, None]
+    return (wide.abs().amax(-1, keepdim=True) / largest).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def nearest_values(scaled: torch.Tensor, quantization: Quantization) -> torch.Tensor:
+    """q of values divided by their scale, which are overwritten."""
     if quantization is Quantization.INT8:
         scaled = scaled.round_()
-    values = scaled.clamp_(-quantization.largest, quantization.largest).to(quantization.dtype)
-    return QuantizedRows(values, scale_inv)
+    return scaled.clamp_(-quantization.largest, quantization.largest).to(quantization.dtype)

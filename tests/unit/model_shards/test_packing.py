@@ -110,7 +110,7 @@ def test_activations_keep_their_scale_and_zero_whatever_their_size() -> None:
 
 def test_int8_products_are_exact_in_the_integers_and_rows_do_not_depend_on_each_other() -> None:
     weight = quantize_rows(random(20, 30), Quantization.INT8)
-    packed = PackedInt8(weight.values, weight.scale_inv)
+    packed = PackedInt8(weight.values, weight.scale_inv, torch.zeros(weight.values.shape[0], dtype=torch.int64))
     x = random(9, 30, seed=1) * torch.logspace(-3, 3, 9)[:, None]
     quantized = quantize_activations(x)
     product = packed.multiply(quantized.values) * quantized.scale
@@ -126,7 +126,7 @@ def test_int8_products_are_exact_in_the_integers_and_rows_do_not_depend_on_each_
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_row_that_is_not_finite_gives_a_row_that_is_not_and_leaves_the_others(value: float) -> None:
     weight = quantize_rows(random(4, 8), Quantization.INT8)
-    packed = PackedInt8(weight.values, weight.scale_inv)
+    packed = PackedInt8(weight.values, weight.scale_inv, torch.zeros(weight.values.shape[0], dtype=torch.int64))
     x = random(3, 8, seed=1)
     expected = quantize_activations(x)
     x[1, 5] = value
