@@ -91,6 +91,7 @@ def _layers(
         headers.exchange(StepHeader(1, (rows,), ends=False))
         attention.begin_step(plan)
         routed = attention.routed(0)
+        assert routed is not None, "the plan has rows"
         begun = time.perf_counter()
         for layer in config.moe_layers:
             routed.dispatch(layer, tokens, ids, weights).wait()

@@ -60,7 +60,9 @@ class Machine:
     def routed(self, tokens: int) -> RoutedExperts:
         """The experts, for one micro-batch."""
         self.dispatcher.begin_step(StepPlan(1, ((tokens,),)))
-        return self.dispatcher.routed(0)
+        routed = self.dispatcher.routed(0)
+        assert routed is not None, "every chunk has tokens"
+        return routed
 
     @staticmethod
     def load(directory: Path, layers: int) -> "Machine":

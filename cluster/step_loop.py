@@ -138,8 +138,7 @@ class StepLoop:
             self._engine.abandon(step)
             return []
         dispatcher.begin_step(agreed.plan)
-        active = agreed.plan.active_micro_batches
-        routed = [dispatcher.routed(index) if index in active else None for index in range(self._num_micro_batches)]
+        routed = [dispatcher.routed(index) for index in range(self._num_micro_batches)]
         try:
             sampled = self._engine.run(step, routed)
         except EpochAbortedError:

@@ -135,8 +135,9 @@ def run_rank_epoch(
                 attention.begin_step(plan)
                 seeds = [f"{epoch}/{global_rank}/{step}/{index}" for index in range(num_micro_batches)]
                 forwards = [
-                    exchange_only(attention.routed(index), seed, plan.tokens[global_rank][index], dtype, device)
+                    exchange_only(routed, seed, plan.tokens[global_rank][index], dtype, device)
                     for index, seed in enumerate(seeds)
+                    if (routed := attention.routed(index)) is not None
                 ]
                 checked += sum(int(count) for count in run_micro_batches(forwards))
             report = RankReport(epoch, global_rank, attention.rows_sent, checked)

@@ -134,7 +134,9 @@ def _layers(
         weights = torch.rand(load.rows, _TOP_K)
         for _ in range(load.steps):
             attention.begin_step(plan)
+            routed = attention.routed(0)
+            assert routed is not None, "the plan has rows"
             for layer in config.moe_layers:
-                attention.routed(0).dispatch(layer, tokens, ids, weights).wait()
+                routed.dispatch(layer, tokens, ids, weights).wait()
     per_layer = load.steps * len(config.moe_layers)
     return (time.process_time() - cpu) / per_layer, sent // per_layer

@@ -15,7 +15,6 @@ from model_shards.config import ModelConfig
 
 __all__ = [
     "AttentionDispatcher",
-    "ExchangeTrace",
     "ExpertCompute",
     "ExpertDispatcher",
     "LocalDispatcher",

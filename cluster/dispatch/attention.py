@@ -70,10 +70,10 @@ class LockstepAttentionDispatcher:
         """See `AttentionDispatcher`."""
         self._slots = {index: self._slot(plan, index) for index in plan.active_micro_batches}
 
-    def routed(self, micro_batch: int) -> RoutedExperts:
+    def routed(self, micro_batch: int) -> RoutedExperts | None:
         """See `AttentionDispatcher`."""
         slot = self._slots.get(micro_batch)
-        return NothingRouted() if slot is None else _Routed(self._link, self._tables, micro_batch, slot)
+        return None if slot is None else _Routed(self._link, self._tables, micro_batch, slot)
 
     @property
     def rows_sent(self) -> tuple[int, ...]:
@@ -141,25 +141,3 @@ class _Away:
         self._link.post(self._combine, self._slot.combine).wait()
         returning = self._slot.returning
         return torch.empty_like(self._hidden) if returning is None else sum_rows(returning)
-
-
-class NothingRouted:
-    """`RoutedExperts` of a micro-batch without a token on any rank: no exchange."""
-
-    def dispatch(
-        self, layer: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
-    ) -> PendingCombine:
-        """See `RoutedExperts`; T must be 0."""
-        assert hidden.shape[0] == 0, "the plan of the step has no token in this micro-batch"
-        return Back(hidden)
-
-
-@dataclass(frozen=True)
-class Back:
-    """`PendingCombine` whose result is there already."""
-
-    result: torch.Tensor  # [T, H]
-
-    def wait(self) -> torch.Tensor:
-        """See `PendingCombine`."""
-        return self.result

@@ -37,8 +37,11 @@ class AttentionDispatcher(Protocol):
         """Sizes the buffers of the step. Must come before `routed`; no exchange may be under way."""
         ...
 
-    def routed(self, micro_batch: int) -> RoutedExperts:
-        """What stands in for the routed experts of one micro-batch of the step begun last."""
+    def routed(self, micro_batch: int) -> RoutedExperts | None:
+        """What stands in for the routed experts of one micro-batch of the step begun last.
+
+        None for one without a token on any rank: it has no exchange, and nothing of it is to be computed.
+        """
         ...
 
     @property

@@ -1,10 +1,11 @@
 """The exchange in one process: the same layout, no process group. The oracle for every other transport."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from cluster.dispatch.attention import Back, ExpertTables, NothingRouted
+from cluster.dispatch.attention import ExpertTables
 from cluster.dispatch.base import ExpertCompute, StepPlan
 from cluster.dispatch.expert import RowBatch
 from cluster.dispatch.layout import RowShape, sum_rows
@@ -26,11 +27,11 @@ class LocalDispatcher:
         """See `AttentionDispatcher`."""
         self._plan = plan
 
-    def routed(self, micro_batch: int) -> RoutedExperts:
+    def routed(self, micro_batch: int) -> RoutedExperts | None:
         """See `AttentionDispatcher`."""
         assert self._plan is not None, "begin_step comes first"
         if micro_batch not in self._plan.active_micro_batches:
-            return NothingRouted()
+            return None
         return _LocalRouted(self._shards, self._tables, self._plan.epoch, self._device)
 
     @property
@@ -56,7 +57,7 @@ class _LocalRouted:
         shape = RowShape(hidden.shape[1], topk_ids.shape[1], hidden.dtype)
         count = len(self._shards)
         if not num_tokens:
-            return Back(torch.empty_like(hidden))
+            return _Back(torch.empty_like(hidden))
         out = self._pool.take("dispatch", count * shape.dispatch_bytes(num_tokens))
         back = self._pool.take("combine", count * shape.combine_bytes(num_tokens))
         outgoing = shape.dispatch_segments(out, num_tokens, count)
@@ -65,4 +66,15 @@ class _LocalRouted:
         for shard, sent, sums in zip(self._shards, out.chunk(count), back.chunk(count), strict=True):
             segment = shape.dispatch_segment(sent, num_tokens)
             RowBatch((segment,), (shape.combine_segment(sums, num_tokens),), self._pool, "batch").compute(layer, shard)
-        return Back(sum_rows(shape.combine_segments(back, num_tokens, count)))
+        return _Back(sum_rows(shape.combine_segments(back, num_tokens, count)))
+
+
+@dataclass(frozen=True)
+class _Back:
+    """`PendingCombine` whose result is there already."""
+
+    result: torch.Tensor  # [T, H]
+
+    def wait(self) -> torch.Tensor:
+        """See `PendingCombine`."""
+        return self.result

@@ -81,8 +81,9 @@ def _survive(rendezvous: Rendezvous, backend: str, fault: str, index: int) -> tu
             attention.begin_step(plan)
             run_micro_batches(
                 [
-                    exchange_only(attention.routed(i), f"{index}/{i}", plan.tokens[index][i], torch.float32, CPU)
+                    exchange_only(routed, f"{index}/{i}", plan.tokens[index][i], torch.float32, CPU)
                     for i in range(2)
+                    if (routed := attention.routed(i)) is not None
                 ]
             )
         message = "no error"

@@ -66,7 +66,7 @@ def test_a_shard_is_told_which_of_its_experts_each_token_visits(routing):
         assert torch.equal(segments.weights[shard], weights)
 
 
-@given(routings(), st.sampled_from([torch.float32, torch.bfloat16]))
+@given(routings(1), st.sampled_from([torch.float32, torch.bfloat16]))
 @settings(deadline=None, max_examples=150)
 def test_dispatch_then_combine_equals_a_loop_over_tokens_and_experts(routing, dtype):
     placement, topk_ids, hidden, weights = routing
@@ -170,3 +170,11 @@ def test_a_fence_refuses_rows_of_another_epoch_and_names_them(fence: Fence):
 def test_on_the_host_a_stranger_is_refused_before_it_is_computed():
     with pytest.raises(EpochAbortedError):
         HostFence(5, "E1").admit((torch.tensor([4, 1]),))
+
+
+def test_a_micro_batch_without_a_token_on_any_rank_has_no_experts():
+    placement = contiguous_placement(4, 2)
+    dispatcher = LocalDispatcher([FakeShard(experts) for experts in placement.shards], placement, CPU)
+    dispatcher.begin_step(StepPlan(1, ((3, 0),)))
+    assert dispatcher.routed(0) is not None
+    assert dispatcher.routed(1) is None

@@ -32,10 +32,9 @@ def test_the_fastest_is_found_and_kept(costs: list[float]) -> None:
     run(chooser, 10, lambda count: costs[count - 1])
     counts = run(chooser, 200, lambda count: costs[count - 1])
     best = costs.index(1.0) + 1
-    # 3 is not even tried while 2 is clearly worse than 1, and costs at most once in a while.
+    # 3 is not even tried while 2 is clearly worse than 1.
     reachable = best != 3 or costs[1] <= 1.05 * costs[0]
-    if reachable:
-        assert set(counts) == {best}
+    assert set(counts) == {best if reachable else 1}
 
 
 def test_one_that_is_clearly_worse_costs_two_steps_and_those_past_it_none() -> None:
@@ -49,9 +48,10 @@ def test_a_choice_is_made_again_when_the_machine_changes() -> None:
     assert run(chooser, 100, lambda count: (1.0, 2.0)[count - 1])[-1] == 1
     counts = run(chooser, 2000, lambda count: (1.0, 0.5)[count - 1])
     assert counts[-1] == 2
-    # Found at one of the trials, and the other one is tried at every second of them since.
-    assert counts.index(2) + 512 >= 512
-    assert counts.count(1) < 2 * 256 + 8
+    # Found at one of the next two trials, and from then on the other is only tried.
+    found = counts.index(2)
+    assert 0 < found <= 512
+    assert 0 < counts[found:].count(1) <= len(counts) // 256
 
 
 def test_one_slow_step_does_not_change_the_choice() -> None:
