@@ -60,7 +60,9 @@ def ray_runtime(settings: ShoalSettings, spec: CellSpec, signals: StopSignals) -
     Raises UnavailableError when ray.address does not answer, ConfigError when that cluster is taken.
     """
     address = settings.ray.address
-    environment = {**proxy_environment(settings.server.host), **SERVE_TRANSPORT, **RANK_ENVIRONMENT}
+    # What the operator set of the ranks' environment stays.
+    ranks = {name: os.environ.get(name, value) for name, value in RANK_ENVIRONMENT.items()}
+    environment = {**proxy_environment(settings.server.host), **SERVE_TRANSPORT, **ranks}
     os.environ.update(environment | _QUIET)
     # What Ray's and Serve's own code says in this process; trouble comes as an exception.
     for name in ("ray", "ray.serve"):
