@@ -44,7 +44,7 @@ def cut_checkpoint(
 ) -> CutReport:
     """Cuts the checkpoint of `source_directory` into `out`, which is new, empty, or a cut of it that was begun.
 
-    Holds some blocks of 2 MiB at a time, not a tensor. `progress` counts bytes of the source.
+    Holds some blocks of 1 MiB at a time, not a tensor. `progress` counts bytes of the source.
 
     Raises CheckpointError for a source that is not whole, ConfigError for an `out` that holds something else or belongs
     to another cut, CapacityError when the disk has too little room, which is asked before anything is written.

@@ -17,7 +17,7 @@ from model_shards.weights.manifest import FileRecord
 from model_shards.weights.reading import TensorReader, open_weights
 
 # Of the source; with its float32 copy and what is computed of it, a few times as much is held.
-_BLOCK_BYTES = 2 * 2**20
+_BLOCK_BYTES = 2**20
 
 
 def write_planned(directory: Path, planned: PlannedFile, advance: Callable[[int], None]) -> FileRecord:
@@ -86,9 +86,12 @@ def _write_part(part: Part, stream: FileIO, output: _SummedOutput, advance: Call
     tensor_sum = hashlib.sha256()
     row_bytes = source.num_bytes // source.shape[0] if source.shape and source.shape[0] else source.num_bytes
     block_bytes = max(row_bytes, _BLOCK_BYTES // max(1, row_bytes) * row_bytes)
-    scales: list[torch.Tensor] = []
+    # One tensor for all: scales that are kept between freed blocks would hold the heap open around each of them.
+    scales = torch.empty(0 if part.quantization is None else source.shape[0])
+    num_rows = 0
+    buffer = memoryview(bytearray(min(block_bytes, source.num_bytes)))
     for start in range(0, source.num_bytes, max(1, block_bytes)):
-        block = memoryview(bytearray(min(block_bytes, source.num_bytes - start)))
+        block = buffer[: source.num_bytes - start]
         reader.read_into(block)
         if part.quantization is None:
             output.write(source.name, tensor_sum, block)
@@ -96,10 +99,12 @@ def _write_part(part: Part, stream: FileIO, output: _SummedOutput, advance: Call
             rows = torch.frombuffer(block, dtype=source.dtype).view(-1, source.shape[1])
             quantized = _quantize(source, rows, part.quantization)
             output.write(source.name, tensor_sum, _bytes_of(quantized.values))
-            scales.append(quantized.scale_inv)
+            scales[num_rows : num_rows + len(rows)] = quantized.scale_inv
+            num_rows += len(rows)
+            del quantized  # before the next block is
         advance(len(block))
     if part.quantization is not None:
-        output.write(source.name + SCALE_SUFFIX, hashlib.sha256(), _bytes_of(torch.cat(scales)))
+        output.write(source.name + SCALE_SUFFIX, hashlib.sha256(), _bytes_of(scales))
 
 
 def _quantize(source: StoredTensor, rows: torch.Tensor, quantization: Quantization) -> QuantizedRows:
