@@ -4,21 +4,14 @@ Shapes: E experts, O output and I input features, P rows that lie expert after e
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from model_shards.linear import frozen_parameter, release
-from model_shards.packing import (
-    Multiply,
-    PackedInt8,
-    Packing,
-    choose_packing,
-    has_int8_products,
-    quantize_activations,
-)
+from model_shards.packing import GroupedMultiply, choose_packing, each_its_rows, pack_int8
 from model_shards.quantization import SCALE_SUFFIX, Quantization
 
 
@@ -44,7 +37,7 @@ class ExpertMatrix(GroupedMatrix, nn.Module):
 
     def grouped(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """See `GroupedMatrix`."""
-        return _each(x, counts, lambda expert, rows: F.linear(rows, self.weight[expert]))
+        return each_its_rows(x, counts, lambda expert, rows: F.linear(rows, self.weight[expert]))
 
     def slices(self, expert: int, rows: slice) -> Iterator[tuple[str, torch.Tensor]]:
         """(what follows the published name, writable view) for these rows of one expert's matrix."""
@@ -63,7 +56,7 @@ class ExpertMatrix(GroupedMatrix, nn.Module):
 
     def _laid_out(self) -> GroupedMatrix:
         packing = choose_packing(self.weight.dtype, self.weight.device)
-        return self if packing is None else _PackedMatrix(self.weight.data, packing)
+        return self if packing is None else _LaidOut(packing.operand, packing.pack(self.weight.data))
 
 
 class QuantizedExpertMatrix(ExpertMatrix):
@@ -89,7 +82,7 @@ class QuantizedExpertMatrix(ExpertMatrix):
 
     def grouped(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """See `GroupedMatrix`."""
-        return _each(x.to(self._dtype), counts, self._widened)
+        return each_its_rows(x.to(self._dtype), counts, self._widened)
 
     def slices(self, expert: int, rows: slice) -> Iterator[tuple[str, torch.Tensor]]:
         """See `ExpertMatrix`; the scales follow the weight."""
@@ -100,42 +93,20 @@ class QuantizedExpertMatrix(ExpertMatrix):
         # Under float32 nothing is to be rounded that was not, so it stays as it lies.
         if self._quantization is not Quantization.INT8 or self._dtype is not torch.bfloat16:
             return self
-        if not has_int8_products(self.weight.device):
-            return self
-        return _PackedInt8Matrix(self.weight.data, self.scale_inv.data)
+        multiply = pack_int8(self.weight.data, self.scale_inv.data)
+        return self if multiply is None else _LaidOut(self._dtype, multiply)
 
     def _widened(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
         return F.linear(rows, self.weight[expert].to(rows.dtype)).float() * self.scale_inv[expert]
 
 
-class _PackedMatrix(GroupedMatrix):
-    def __init__(self, weight: torch.Tensor, packing: Packing) -> None:
-        self._operand = packing.operand
-        self._matrices: list[Multiply] = [packing.pack(matrix, None) for matrix in weight]
+class _LaidOut(GroupedMatrix):
+    def __init__(self, operand: torch.dtype, multiply: GroupedMultiply) -> None:
+        self._operand = operand
+        self._multiply = multiply
 
     def grouped(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        return _each(x.to(self._operand), counts, lambda expert, rows: self._matrices[expert](rows))
-
-
-class _PackedInt8Matrix(GroupedMatrix):
-    def __init__(self, weight: torch.Tensor, scale_inv: torch.Tensor) -> None:
-        # Eight bytes a row of a matrix: of all experts they would come to as much as some of the experts.
-        zeros = torch.zeros(weight.shape[1], dtype=torch.int64)
-        self._matrices = [PackedInt8(matrix, scale, zeros) for matrix, scale in zip(weight, scale_inv, strict=True)]
-
-    def grouped(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        quantized = quantize_activations(x)
-        product = _each(quantized.values, counts, lambda expert, rows: self._matrices[expert].multiply(rows))
-        return product.mul_(quantized.scale)
-
-
-def _each(
-    x: torch.Tensor, counts: Sequence[int], multiply: Callable[[int, torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    """`multiply` of every expert that has rows, one after another."""
-    experts = [expert for expert, count in enumerate(counts) if count]
-    parts = torch.split(x, [counts[expert] for expert in experts])
-    return torch.cat([multiply(expert, part) for expert, part in zip(experts, parts, strict=True)])
+        return self._multiply(x.to(self._operand), counts)
 
 
 def make_expert_matrix(

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model_shards.packing import Multiply, choose_packing
+from model_shards.packing import GroupedMultiply, choose_packing
 
 
 def frozen_parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
@@ -26,8 +26,9 @@ class FrozenLinear(nn.Module):
         super().__init__()
         self.weight = frozen_parameter((out_features, in_features), dtype, device)
         self.bias = frozen_parameter((out_features,), dtype, device) if bias else None
+        self._out_features = out_features
         self._operand: torch.dtype | None = None
-        self._multiply: Multiply | None = None
+        self._multiply: GroupedMultiply | None = None
 
     def lay_out(self) -> None:
         """Lays the matrix out for this device (model_shards.packing); once, after it was filled.
@@ -38,7 +39,7 @@ class FrozenLinear(nn.Module):
         if packing is None:
             return
         self._operand = packing.operand
-        self._multiply = packing.pack(self.weight.data, None if self.bias is None else self.bias.data)
+        self._multiply = packing.pack(self.weight.data[None])
         release(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -49,4 +50,6 @@ class FrozenLinear(nn.Module):
         """As `forward`, in the dtype that the product has anyway: not narrower than x's."""
         if self._multiply is None:
             return F.linear(x, self.weight, self.bias)
-        return self._multiply(x.to(self._operand))
+        rows = x.reshape(-1, x.shape[-1]).to(self._operand)
+        product = self._multiply(rows, (rows.shape[0],)).view(*x.shape[:-1], self._out_features)
+        return product if self.bias is None else product.add_(self.bias)

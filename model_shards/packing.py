@@ -1,86 +1,78 @@
-"""x W^T on a CPU with the matrix laid out once, after it was loaded: what the CPU at hand is quickest at.
+"""x W^T on a CPU with the matrices laid out once, after they were loaded: what the CPU at hand is quickest at.
 
-Shapes: P rows, O output and I input features.
+Shapes: E matrices, P rows that lie matrix after matrix, O output and I input features.
 
-bfloat16 matrices, measured in benchmarks/NOTES.md:
-- a CPU with bfloat16 products (AVX512_BF16, AMX): oneDNN's blocked layout, operands of bfloat16;
-- any other with AVX2 and F16C: FBGEMM's layout of float16, which it widens in registers, operands of float32. A
-  bfloat16 has fewer digits than a float16, so no digit is lost; what is smaller than float16's smallest step is off by
-  at most 2^-25. A matrix with an element beyond float16's range stays as it is;
+Measured in benchmarks/NOTES.md, but for AMX:
+- a CPU with AMX: oneDNN's layout, whose products of many rows use it;
+- any other with AVX2 and FMA: `model_shards.kernels`, which reads a matrix as fast as memory gives it. Operands are
+  bfloat16 where the CPU multiplies those, else float32;
 - others, and float32: F.linear on the matrix as it lies.
 
-int8 matrices under bfloat16 activations:
-- a CPU with 8-bit dot products (VNNI): oneDNN's layout. Activations are quantized to 8 bits too, each row by itself.
+int8 matrices under bfloat16 activations: the same on a CPU with 8-bit dot products (VNNI). Activations are quantized to
+8 bits too, each row by itself.
 
 A layout takes as many bytes as the matrix; it is opaque, and the matrix cannot be had back.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
+from model_shards.kernels.grouped_product import PackedMatrices
+from model_shards.kernels.instructions import bfloat16_instructions, int8_instructions
 from model_shards.quantization import Quantization, row_scales
 
-_LARGEST_HALF = 65504.0
 # Rows that oneDNN is told to lay the matrix out for: a decode batch's.
 _TYPICAL_ROWS = 32
 
-# [P, I] -> [P, O], both in the operand's dtype.
-Multiply = Callable[[torch.Tensor], torch.Tensor]
+# [P, I] -> [P, O], float32 or the operand's dtype: the first counts[0] rows by matrix 0, and so on.
+GroupedMultiply = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Packing:
     """A way to lay matrices out."""
 
-    operand: torch.dtype  # of x, and of the product
-    pack: Callable[[torch.Tensor, torch.Tensor | None], Multiply]  # from W [O, I] and bias [O]
+    operand: torch.dtype  # of x
+    pack: Callable[[torch.Tensor], GroupedMultiply]  # from W [E, O, I], which the caller may let go of
 
 
 def choose_packing(dtype: torch.dtype, device: torch.device) -> Packing | None:
     """How matrices of `dtype` are laid out on this machine's `device`; None: as they lie."""
     if device.type != "cpu" or dtype is not torch.bfloat16:
         return None
-    able = torch.cpu.get_capabilities()
-    if able.get("avx512_bf16") or able.get("amx_bf16"):
+    able = _capabilities()
+    if able.get("amx_bf16"):
         return Packing(torch.bfloat16, _pack_blocked)
-    if able.get("avx2") and able.get("fma3") and able.get("f16c"):
-        return Packing(torch.float32, _pack_half)
-    return None
+    instructions = bfloat16_instructions(able)
+    if instructions is None:
+        return None
+    return Packing(instructions.operand_dtype, lambda weight: PackedMatrices(weight, instructions).multiply)
 
 
-def has_int8_products(device: torch.device) -> bool:
-    """Whether `PackedInt8` is quick here."""
-    able = torch.cpu.get_capabilities()
-    return device.type == "cpu" and bool(able.get("avx512_vnni") or able.get("avx_vnni"))
+def each_its_rows(
+    x: torch.Tensor, counts: Sequence[int], multiply: Callable[[int, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """`multiply` of every matrix that has rows, one after another; P > 0."""
+    used = [matrix for matrix, count in enumerate(counts) if count]
+    parts = torch.split(x, [counts[matrix] for matrix in used])
+    return torch.cat([multiply(matrix, part) for matrix, part in zip(used, parts, strict=True)])
 
 
-def _pack_blocked(weight: torch.Tensor, bias: torch.Tensor | None) -> Multiply:
-    blocked = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
+def _capabilities() -> Mapping[str, object]:
+    able: Mapping[str, object] = torch.cpu.get_capabilities()
+    return able
 
-    def multiply(x: torch.Tensor) -> torch.Tensor:
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, blocked, bias, "none", [], "")
+
+def _pack_blocked(weight: torch.Tensor) -> GroupedMultiply:
+    blocked = [torch.ops.mkldnn._reorder_linear_weight(matrix, _TYPICAL_ROWS) for matrix in weight]
+
+    def multiply(matrix: int, x: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, blocked[matrix], None, "none", [], "")
         return product
 
-    return multiply
-
-
-def _pack_half(weight: torch.Tensor, bias: torch.Tensor | None) -> Multiply:
-    wide = weight.float()
-    wide_bias = None if bias is None else bias.float()
-    least, most = (float(bound) for bound in wide.aminmax())
-    if max(-least, most) > _LARGEST_HALF:
-        kept = weight.clone()  # the caller lets go of its own
-        return lambda x: F.linear(x, kept.float(), wide_bias)
-    half = torch.ops.quantized.linear_prepack_fp16(wide, wide_bias)
-
-    def multiply(x: torch.Tensor) -> torch.Tensor:
-        product: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(x, half)
-        return product
-
-    return multiply
+    return lambda x, counts: each_its_rows(x, counts, multiply)
 
 
 @dataclass(frozen=True)
@@ -91,7 +83,7 @@ class QuantizedActivations:
     scale: torch.Tensor  # [P, 1] float32
 
 
-# Signed operands are far slower in oneDNN than unsigned ones about a zero point.
+# CPUs multiply unsigned by signed.
 ZERO_POINT = 128
 
 
@@ -102,24 +94,45 @@ def quantize_activations(x: torch.Tensor) -> QuantizedActivations:
     return QuantizedActivations((wide / scale).add_(ZERO_POINT).round_().clamp_(0, 255).to(torch.uint8), scale)
 
 
-class PackedInt8:
-    """One int8 matrix with a scale for each of its rows, multiplied by quantized activations."""
+def pack_int8(weight: torch.Tensor, scale_inv: torch.Tensor) -> GroupedMultiply | None:
+    """Lays out W [E, O, I] int8 with scales [E, O] float32 for x of any floating dtype, which is quantized.
 
-    def __init__(self, weight: torch.Tensor, scale_inv: torch.Tensor, zero_points: torch.Tensor) -> None:
-        """From W [O, I] int8 and its scales [O] float32; `zero_points` [O] int64 are zeros, which many may share."""
-        self._packed = torch.ops.onednn.qlinear_prepack(weight, None)
-        self._scale_inv = scale_inv
-        self._zero_points = zero_points
+    None where this machine has no 8-bit dot products.
+    """
+    able = _capabilities()
+    if weight.device.type != "cpu":
+        return None
+    if able.get("amx_int8"):
+        return _pack_int8_blocked(weight, scale_inv)
+    instructions = int8_instructions(able)
+    if instructions is None:
+        return None
+    packed = PackedMatrices(weight, instructions)
+    missing = packed.padded_outputs - weight.shape[1]
+    # What ZERO_POINT in place of 0 adds to each output. Of widths that are served it stays far inside of 32 bits.
+    zero_sums = torch.nn.functional.pad(weight.sum(-1, dtype=torch.int32) * ZERO_POINT, (0, missing))
+    scales = torch.nn.functional.pad(scale_inv, (0, missing))
 
-    def multiply(self, values: torch.Tensor) -> torch.Tensor:
-        """(values - ZERO_POINT) W^T, [P, I] uint8 -> [P, O] float32: to be multiplied by the rows' scales."""
+    def multiply(x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        quantized = quantize_activations(x)
+        return packed.multiply(quantized.values, counts, zero_sums, scales, quantized.scale)
+
+    return multiply
+
+
+def _pack_int8_blocked(weight: torch.Tensor, scale_inv: torch.Tensor) -> GroupedMultiply:
+    packed = [torch.ops.onednn.qlinear_prepack(matrix, None) for matrix in weight]
+    # Eight bytes a row of a matrix: of all experts they would come to as much as some of the experts.
+    zeros = torch.zeros(weight.shape[1], dtype=torch.int64)
+
+    def multiply(matrix: int, values: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
             values,
             1.0,
             ZERO_POINT,
-            self._packed,
-            self._scale_inv,
-            self._zero_points,
+            packed[matrix],
+            scale_inv[matrix],
+            zeros,
             None,
             1.0,
             0,
@@ -129,3 +142,9 @@ class PackedInt8:
             "",
         )
         return product
+
+    def grouped(x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        quantized = quantize_activations(x)
+        return each_its_rows(quantized.values, counts, multiply).mul_(quantized.scale)
+
+    return grouped

@@ -5,47 +5,28 @@ import torch
 
 from model_shards import packing
 from model_shards.expert_matrix import make_expert_matrix
+from model_shards.kernels.instructions import int8_instructions
 from model_shards.linear import FrozenLinear
-from model_shards.packing import PackedInt8, choose_packing, quantize_activations
+from model_shards.packing import choose_packing, pack_int8, quantize_activations
 from model_shards.quantization import Quantization, quantize_rows
 from tests.reference import CPU, relative_error
-
-PACKERS = pytest.mark.parametrize("pack", [packing._pack_blocked, packing._pack_half])
-OPERANDS = {packing._pack_blocked: torch.bfloat16, packing._pack_half: torch.float32}
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@PACKERS
-@pytest.mark.parametrize("shape", [(0, 64, 32), (1, 1, 1), (1, 64, 32), (3, 33, 17), (40, 192, 130)])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_a_laid_out_matrix_gives_the_product_and_keeps_nothing_of_the_original(pack, shape, with_bias) -> None:
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 64, 32), (3, 33, 17), (40, 192, 130)])
+def test_a_layout_of_onednn_gives_the_product_and_keeps_nothing_of_the_original(shape) -> None:
     rows, inner, outer = shape
-    weight = random(outer, inner).bfloat16()
-    bias = random(outer, seed=1).bfloat16() if with_bias else None
-    x = random(rows, inner, seed=2).bfloat16()
-    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    multiply = pack(weight, bias)
+    weight = random(2, outer, inner).bfloat16()
+    x = random(rows + 1, inner, seed=1).bfloat16()
+    exact = torch.cat([x[:rows].double() @ weight[0].double().T, x[rows:].double() @ weight[1].double().T])
+    multiply = packing._pack_blocked(weight)
     weight.fill_(float("nan"))
-    product = multiply(x.to(OPERANDS[pack]))
-    assert product.dtype is OPERANDS[pack]
+    product = multiply(x, (rows, 1))
     assert product.shape == exact.shape
-    assert not rows or relative_error(product, exact) < 6e-3
-
-
-def test_half_keeps_every_digit_of_bfloat16_and_what_is_below_its_steps_to_the_step() -> None:
-    weight = torch.tensor([[1.0078125, -0.00390625, 65280.0, 2.0**-24, 3e-8, 1e-30]], dtype=torch.bfloat16)
-    each = torch.stack([packing._pack_half(weight, None)(row[None])[0, 0] for row in torch.eye(6)])
-    assert torch.equal(each[:4], weight[0, :4].float())
-    assert bool(((each - weight[0].float()).abs() <= 2.0**-25).all())
-
-
-def test_a_matrix_beyond_the_range_of_half_stays_exact() -> None:
-    weight = torch.tensor([[1e30, 1.0], [-70000.0, 2.0]], dtype=torch.bfloat16)
-    product = packing._pack_half(weight, None)(torch.eye(2))
-    assert torch.equal(product, weight.float().T)
+    assert relative_error(product, exact) < 6e-3
 
 
 def test_what_lies_in_float32_or_on_another_device_is_left_as_it_is() -> None:
@@ -56,10 +37,10 @@ def test_what_lies_in_float32_or_on_another_device_is_left_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("flags", "operand"),
     [
-        ({"avx2": True, "fma3": True, "f16c": True, "avx512_bf16": True}, torch.bfloat16),
-        ({"avx2": True, "fma3": True, "f16c": True, "amx_bf16": True}, torch.bfloat16),
-        ({"avx2": True, "fma3": True, "f16c": True}, torch.float32),
-        ({"avx2": True, "fma3": True}, None),
+        ({"avx2": True, "fma3": True, "avx512_bf16": True}, torch.bfloat16),
+        ({"avx2": True, "fma3": True, "avx512_bf16": True, "amx_bf16": True}, torch.bfloat16),
+        ({"avx2": True, "fma3": True}, torch.float32),
+        ({"avx2": True}, None),
         ({"neon": True}, None),
     ],
 )
@@ -69,7 +50,13 @@ def test_the_layout_is_the_one_for_this_cpu(monkeypatch, flags, operand) -> None
     assert (None if chosen is None else chosen.operand) is operand
 
 
-@pytest.mark.parametrize("flags", [{"avx2": True, "fma3": True, "f16c": True}, {"avx512_bf16": True}, {}])
+# What this CPU has, then what a lesser one has, one with AMX, and none of it; oneDNN computes without AMX as well.
+CPUS = pytest.mark.parametrize(
+    "flags", [torch.cpu.get_capabilities(), {"avx2": True, "fma3": True}, {"amx_bf16": True, "amx_int8": True}, {}]
+)
+
+
+@CPUS
 def test_a_linear_gives_the_same_before_and_after_whatever_the_cpu(monkeypatch, flags) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
     linear = FrozenLinear(24, 40, torch.bfloat16, CPU, bias=True)
@@ -86,7 +73,7 @@ def test_a_linear_gives_the_same_before_and_after_whatever_the_cpu(monkeypatch, 
     assert linear.weight.numel() == (0 if flags else 24 * 40)
 
 
-@pytest.mark.parametrize("flags", [{"avx2": True, "fma3": True, "f16c": True}, {"avx512_bf16": True}, {}])
+@CPUS
 def test_each_expert_multiplies_its_own_rows(monkeypatch, flags) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
     matrices = make_expert_matrix(4, 6, 5, torch.bfloat16, CPU, None)
@@ -108,30 +95,41 @@ def test_activations_keep_their_scale_and_zero_whatever_their_size() -> None:
     assert back[0].tolist() == [0.0, 0.0]
 
 
-def test_int8_products_are_exact_in_the_integers_and_rows_do_not_depend_on_each_other() -> None:
+OWN = torch.cpu.get_capabilities()
+# oneDNN computes without AMX as well.
+INT8_CPUS = pytest.mark.parametrize(
+    "flags",
+    [pytest.param({"amx_int8": True}, id="onednn"), *([pytest.param(OWN, id="own")] if int8_instructions(OWN) else [])],
+)
+
+
+@INT8_CPUS
+def test_int8_products_are_exact_in_the_integers_and_rows_do_not_depend_on_each_other(monkeypatch, flags) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
     weight = quantize_rows(random(20, 30), Quantization.INT8)
-    packed = PackedInt8(weight.values, weight.scale_inv, torch.zeros(weight.values.shape[0], dtype=torch.int64))
+    multiply = pack_int8(weight.values[None], weight.scale_inv[None])
+    assert multiply is not None
     x = random(9, 30, seed=1) * torch.logspace(-3, 3, 9)[:, None]
     quantized = quantize_activations(x)
-    product = packed.multiply(quantized.values) * quantized.scale
+    product = multiply(x, (9,))
     integers = (quantized.values.long() - packing.ZERO_POINT) @ weight.values.long().T
     exact = integers.double() * weight.scale_inv.double() * quantized.scale.double()
     assert relative_error(product, exact) < 1e-6
-    one = quantize_activations(x[3:4])
-    assert torch.equal(packed.multiply(one.values) * one.scale, product[3:4])
+    assert torch.equal(multiply(x[3:4], (1,)), product[3:4])
     # Of the activations the error is half a step of 127 a row, and so it is of the matrix.
     assert relative_error(product, x.double() @ random(20, 30).double().T) < 0.02
 
 
+@INT8_CPUS
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_row_that_is_not_finite_gives_a_row_that_is_not_and_leaves_the_others(value: float) -> None:
+def test_a_row_that_is_not_finite_gives_a_row_that_is_not_and_leaves_the_others(monkeypatch, flags, value) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
     weight = quantize_rows(random(4, 8), Quantization.INT8)
-    packed = PackedInt8(weight.values, weight.scale_inv, torch.zeros(weight.values.shape[0], dtype=torch.int64))
+    multiply = pack_int8(weight.values[None], weight.scale_inv[None])
+    assert multiply is not None
     x = random(3, 8, seed=1)
-    expected = quantize_activations(x)
+    expected = multiply(x, (3,))
     x[1, 5] = value
-    spoiled = quantize_activations(x)
-    product = packed.multiply(spoiled.values) * spoiled.scale
+    product = multiply(x, (3,))
     assert not bool(product[1].isfinite().any())
-    for row in (0, 2):
-        assert torch.equal(product[row], (packed.multiply(expected.values) * expected.scale)[row])
+    assert torch.equal(product[[0, 2]], expected[[0, 2]])

@@ -1,0 +1,62 @@
+"""LLVM text to functions that this process can call, on one thread or on those that torch computes with."""
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+
+import llvmlite.binding as llvm
+import torch
+
+_TEAM = ("omp_get_thread_num", "omp_get_num_threads")
+
+
+class Compiled:
+    """The functions of one module; they are there as long as it is."""
+
+    def __init__(self, text: str) -> None:
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        openmp = find_openmp()
+        if openmp is not None:
+            for name, address in openmp.team.items():
+                llvm.add_symbol(name, address)
+        module = llvm.parse_assembly(text)
+        module.verify()
+        features = llvm.get_host_cpu_features().flatten()
+        machine = llvm.Target.from_default_triple().create_target_machine(
+            cpu=llvm.get_host_cpu_name(), features=features, opt=3, jit=True
+        )
+        self._engine = llvm.create_mcjit_compiler(module, machine)
+        self._engine.finalize_object()
+
+    def address(self, name: str) -> int:
+        """Of a function of the module."""
+        return int(self._engine.get_function_address(name))
+
+
+@dataclass(frozen=True)
+class OpenMP:
+    """The runtime whose threads torch computes with, so that there are no others beside them."""
+
+    library: ctypes.CDLL
+    team: dict[str, int]  # addresses of _TEAM
+
+    def run(self, function: int, argument: int, num_threads: int) -> None:
+        """Calls `void function(void *argument)` on each thread of the calling thread's team; returns after all did."""
+        self.library.GOMP_parallel(ctypes.c_void_p(function), ctypes.c_void_p(argument), num_threads, 0)
+
+
+def find_openmp() -> OpenMP | None:
+    """GNU's runtime as this process has it loaded; None where torch computes with another or with none."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    loaded = {line.split(maxsplit=5)[5] for line in lines if "/libgomp" in line}
+    # torch brings its own; another package may have loaded the system's beside it.
+    own = str(Path(torch.__file__).parent.parent)
+    for path in sorted(loaded, key=lambda path: not path.startswith(own)):
+        library = ctypes.CDLL(path)
+        team = {name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in _TEAM}
+        return OpenMP(library, {name: address for name, address in team.items() if address is not None})
+    return None

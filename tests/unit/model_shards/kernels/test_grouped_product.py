@@ -1,0 +1,143 @@
+"""Compiled products against the same in float64, for every set of instructions that the CPU at hand has."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model_shards.kernels import grouped_product
+from model_shards.kernels.grouped_product import PackedMatrices
+from model_shards.kernels.instructions import Arithmetic, Instructions, bfloat16_instructions, int8_instructions
+from tests.reference import relative_error
+
+ABLE = torch.cpu.get_capabilities()
+# Not only those that are chosen here: a wider CPU has the narrower ones too.
+PLAIN = [
+    how
+    for flag, how in (
+        ("avx512_bf16", Instructions(Arithmetic.DOT, lanes=16, vectors=4, rows=6)),
+        ("avx512_f", Instructions(Arithmetic.WIDEN, lanes=16, vectors=4, rows=6)),
+        ("fma3", Instructions(Arithmetic.WIDEN, lanes=8, vectors=2, rows=6)),
+    )
+    if ABLE.get(flag)
+]
+INTEGER = [
+    how
+    for able, how in (
+        (ABLE.get("avx512_vnni"), Instructions(Arithmetic.INTEGER, lanes=16, vectors=4, rows=6)),
+        (
+            ABLE.get("avx_vnni") or (ABLE.get("avx512_vnni") and ABLE.get("avx512_vl")),
+            Instructions(Arithmetic.INTEGER, lanes=8, vectors=2, rows=6),
+        ),
+    )
+    if able
+]
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def exact(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    parts = zip(x.double().split(counts), weight.double(), strict=True)
+    return torch.cat([rows @ matrix.T for rows, matrix in parts])
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request, monkeypatch) -> int:
+    monkeypatch.setattr(grouped_product, "_BYTES_OF_A_THREAD", 1)  # small matrices are worth a thread, too
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_this_cpu_has_instructions_that_are_tested() -> None:
+    assert PLAIN or bfloat16_instructions(ABLE) is None
+    assert INTEGER or int8_instructions(ABLE) is None
+
+
+@pytest.mark.parametrize("how", PLAIN, ids=lambda how: f"{how.arithmetic.value}-{how.lanes}")
+@settings(max_examples=40, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 15), min_size=1, max_size=4),
+    outputs=st.integers(1, 140),
+    inputs=st.integers(1, 70),
+)
+def test_each_matrix_multiplies_its_rows_whatever_the_shape(how, counts, outputs, inputs) -> None:
+    weight = random(len(counts), outputs, inputs).bfloat16()
+    x = random(sum(counts), inputs, seed=1).bfloat16()
+    packed = PackedMatrices(weight, how)
+    expected = exact(x, weight, counts)
+    weight.fill_(float("nan"))  # a copy was taken
+    product = packed.multiply(x.to(how.operand_dtype), counts)
+    assert product.dtype is torch.float32
+    assert product.shape == expected.shape
+    # Each is a sum of exact products in float32: off by its roundings, of terms as large as these.
+    assert bool(((product.double() - expected).abs() <= 1e-6 * inputs).all())
+
+
+@pytest.mark.parametrize("how", PLAIN, ids=lambda how: f"{how.arithmetic.value}-{how.lanes}")
+def test_threads_share_the_tiles_and_a_row_does_not_depend_on_the_others(how, threads) -> None:
+    counts = [7, 0, 1, 20]
+    weight = random(4, 300, 96).bfloat16()
+    x = random(28, 96, seed=1).to(how.operand_dtype)
+    packed = PackedMatrices(weight, how)
+    product = packed.multiply(x, counts)
+    assert relative_error(product, exact(x, weight, counts)) < 1e-5
+    assert torch.equal(packed.multiply(x[10:11], [0, 0, 0, 1]), product[10:11])
+    x[3, 5] = float("nan")
+    spoiled = packed.multiply(x, counts)
+    assert bool(spoiled[3].isnan().all())
+    assert torch.equal(spoiled[4:], product[4:])
+    assert torch.equal(spoiled[:3], product[:3])
+
+
+@pytest.mark.parametrize("how", INTEGER, ids=lambda how: str(how.lanes))
+@settings(max_examples=40, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 15), min_size=1, max_size=4),
+    outputs=st.integers(1, 140),
+    inputs=st.integers(1, 70),
+)
+def test_integers_are_exact_before_they_are_scaled(how, counts, outputs, inputs) -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randint(-127, 128, (len(counts), outputs, inputs), generator=generator).to(torch.int8)
+    x = torch.randint(0, 256, (sum(counts), inputs), generator=generator).to(torch.uint8)
+    packed = PackedMatrices(weight, how)
+    shape = (len(counts), packed.padded_outputs)
+    zero_sums = torch.randint(-1000, 1000, shape, generator=generator).int()
+    scales, row_scales = torch.rand(shape, generator=generator), torch.rand(x.shape[0], generator=generator)
+    product = packed.multiply(x, counts, zero_sums, scales, row_scales)
+    of_row = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    integers = exact(x, weight, counts) - zero_sums[of_row, :outputs]
+    expected = integers * scales[of_row, :outputs].double() * row_scales.double()[:, None]
+    assert product.shape == expected.shape
+    assert bool(((product.double() - expected).abs() <= 1e-6 * expected.abs()).all())
+
+
+@pytest.mark.parametrize("how", PLAIN[:1] + INTEGER[:1], ids=lambda how: how.arithmetic.value)
+def test_what_does_not_fit_is_refused(how) -> None:
+    packed = PackedMatrices(torch.zeros(2, 8, 8, dtype=how.weight_dtype), how)
+    x = torch.zeros(3, 8, dtype=how.operand_dtype)
+    with pytest.raises(AssertionError, match="each row belongs"):
+        packed.multiply(x, [1, 1])
+    with pytest.raises(AssertionError, match="laid out for"):
+        packed.multiply(x.double(), [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("flags", "plain", "integer"),
+    [
+        ({"avx512_bf16": True, "avx512_f": True, "avx512_vnni": True, "avx2": True, "fma3": True}, "dot 16", "16"),
+        ({"avx512_f": True, "avx512_vnni": True, "avx2": True, "fma3": True}, "widen 16", "16"),
+        ({"avx2": True, "fma3": True, "avx_vnni": True}, "widen 8", "8"),
+        ({"avx2": True, "fma3": True}, "widen 8", None),
+        ({"avx2": True}, None, None),
+        ({"neon": True}, None, None),
+    ],
+)
+def test_a_cpu_gets_the_widest_that_it_has(flags, plain, integer) -> None:
+    chosen, chosen_integer = bfloat16_instructions(flags), int8_instructions(flags)
+    assert (None if chosen is None else f"{chosen.arithmetic.value} {chosen.lanes}") == plain
+    assert (None if chosen_integer is None else str(chosen_integer.lanes)) == integer
