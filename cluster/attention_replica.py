@@ -7,7 +7,14 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster.device import kv_quantization, local_device, torch_dtype, use_threads
+from cluster.device import (
+    available_cores,
+    kv_quantization,
+    local_device,
+    meanwhile_threads,
+    torch_dtype,
+    use_threads,
+)
 from cluster.engine import Engine
 from cluster.epoch_thread import EpochEnd, EpochThread, OnEpochEnd
 from cluster.logs import log_event
@@ -49,6 +56,8 @@ class AttentionReplica:
         kv_cache_bytes = spec.limits.num_blocks * bytes_per_block(config, spec.limits.block_size, dtype, quantization)
         model = load_attention_model(directory, config, dtype, device, progress, kv_cache_bytes)
         model.lay_out()
+        if spec.device == "cpu":
+            model.limit_meanwhile(meanwhile_threads(spec.topology, available_cores()))
         cache = LatentKVCache(config, spec.limits.num_blocks, spec.limits.block_size, dtype, device, quantization)
         engine = Engine(config, model, cache, spec.limits)
         self._spec = spec

@@ -71,6 +71,15 @@ def num_threads(topology: Topology, role: Role, num_cores: int) -> int:
     return max(1, num_cores // ranks)
 
 
+def meanwhile_threads(topology: Topology, num_cores: int) -> int:
+    """Threads of an attention rank for what it computes while the expert ranks do, on a host that has them all.
+
+    A thread that the others keep from its core holds up the rest of its team: with two on two cores shared experts
+    took twice as long.
+    """
+    return max(1, num_cores // (topology.num_attention + topology.num_expert))
+
+
 def available_cores() -> int:
     """Cores that this process may use: of its affinity mask, and of the container's CPU limit (cgroup v2)."""
     cores = len(os.sched_getaffinity(0))

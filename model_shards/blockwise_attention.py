@@ -21,7 +21,7 @@ from model_shards.kv_cache import LatentKVCache
 from model_shards.rope import attention_scale
 from model_shards.scratch import Workspace
 from model_shards.softmax_blocks import RunningSoftmax
-from model_shards.up_projection import UpProjections, split_heads, widened
+from model_shards.up_projection import UpProjections, lay_out_for_cpu, split_heads
 
 # Rows of the cache read at once: of 576 float32 each 1.2 MB for a decode, which are read twice from the second-level
 # cache, and 2.4 MB for a prefill chunk, whose every head expands them once.
@@ -45,8 +45,8 @@ class BlockwiseAttention:
         self._scale = attention_scale(config)
 
     def lay_out(self, kv_b_weight: torch.Tensor) -> UpProjections:
-        """Copies in float32."""
-        return widened(split_heads(kv_b_weight, self._num_heads, self._nope_dim))
+        """Copies."""
+        return lay_out_for_cpu(split_heads(kv_b_weight, self._num_heads, self._nope_dim))
 
     def queries(self, projected: torch.Tensor) -> torch.Tensor:
         """In float32."""
@@ -79,7 +79,7 @@ class BlockwiseAttention:
         rank = self._kv_lora_rank
         absorbed = queries.new_empty((self._num_heads, queries.shape[0], rank + self._rope_dim))
         by_head = queries.transpose(0, 1)
-        torch.bmm(by_head[..., : self._nope_dim], up.w_uk, out=absorbed[..., :rank])
+        up.absorb(by_head[..., : self._nope_dim], absorbed)
         absorbed[..., rank:] = by_head[..., self._nope_dim :]
         return absorbed
 
@@ -106,9 +106,9 @@ class BlockwiseAttention:
             first = members.stop
             self._mix(layer, absorbed[:, members], group, kv_cache, mixed[:, members])
         if plan.decode_order is None:
-            torch.bmm(mixed, up.w_uv, out=out[:count].transpose(0, 1))
+            out[:count] = up.value(mixed).transpose(0, 1)
         else:
-            out[plan.decode_order] = torch.bmm(mixed, up.w_uv).transpose(0, 1)
+            out[plan.decode_order] = up.value(mixed).transpose(0, 1)
 
     def _mix(
         self, layer: int, absorbed: torch.Tensor, group: DecodeGroup, kv_cache: LatentKVCache, mixed: torch.Tensor
@@ -163,10 +163,9 @@ class BlockwiseAttention:
                     count, stop - start, self._nope_dim + self._rope_dim
                 )  # [n, B, P + O]
                 value = kv_cache.workspace.values.take(count, stop - start, self._v_dim)  # [n, B, V]
-                context = kv_c.expand(count, -1, -1)
-                torch.bmm(context, up.w_uk[heads].transpose(1, 2), out=key[..., : self._nope_dim])
+                up.expand_keys(kv_c, heads, key)
                 key[..., self._nope_dim :] = k_pe
-                torch.bmm(context, up.w_uv[heads], out=value)
+                up.expand_values(kv_c, heads, value)
                 everything = slice(0, queries.shape[0])
                 self._attend_block(
                     by_head[heads], key, value, start - span.past, state.part(heads, everything), kv_cache.workspace
@@ -195,7 +194,7 @@ class BlockwiseAttention:
                 )
         mixed = torch.empty_like(state.weighted)  # [N, Q, R]
         state.finish(mixed)
-        torch.bmm(mixed, up.w_uv, out=out.transpose(0, 1))
+        out.copy_(up.value(mixed).transpose(0, 1))
 
     def _head_groups(self, new: int, keys: int) -> Iterator[slice]:
         """Heads of one tile: as many as its scores and its keys have room for."""

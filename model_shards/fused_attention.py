@@ -11,7 +11,7 @@ from model_shards.attention_plan import AttentionPlan, DecodeGroup, PrefillSpan
 from model_shards.config import ModelConfig
 from model_shards.kv_cache import LatentKVCache
 from model_shards.rope import attention_scale
-from model_shards.up_projection import UpProjections, split_heads
+from model_shards.up_projection import DenseUpProjections, UpProjections, split_heads
 
 # Elements of expanded keys and values held at once (512 MB in bf16): a long context is expanded a few heads at a time.
 _EXPANDED_ELEMENTS_LIMIT = 1 << 28
@@ -28,7 +28,7 @@ class FusedAttention:
         self._v_dim = config.v_head_dim
         self._scale = attention_scale(config)
 
-    def lay_out(self, kv_b_weight: torch.Tensor) -> UpProjections:
+    def lay_out(self, kv_b_weight: torch.Tensor) -> DenseUpProjections:
         """Views."""
         return split_heads(kv_b_weight, self._num_heads, self._nope_dim)
 
@@ -40,6 +40,7 @@ class FusedAttention:
         self, layer: int, queries: torch.Tensor, plan: AttentionPlan, kv_cache: LatentKVCache, up: UpProjections
     ) -> torch.Tensor:
         """See `AttentionCore`."""
+        assert isinstance(up, DenseUpProjections), "made by `lay_out` of this core"
         out = queries.new_empty((queries.shape[0], self._num_heads, self._v_dim))  # [T, N, V]
         for group in plan.decodes:
             latents = kv_cache.gather(layer, group.slots)  # [D, L, R + O]
@@ -51,7 +52,7 @@ class FusedAttention:
         return out
 
     def _absorbed(
-        self, queries: torch.Tensor, latents: torch.Tensor, group: DecodeGroup, up: UpProjections
+        self, queries: torch.Tensor, latents: torch.Tensor, group: DecodeGroup, up: DenseUpProjections
     ) -> torch.Tensor:
         """[D, N, V]: every head queries the same latents, so heads are the rows of one product per sequence."""
         q_nope, q_pe = torch.split(queries, [self._nope_dim, self._rope_dim], dim=-1)
@@ -65,7 +66,7 @@ class FusedAttention:
         return torch.bmm(mixed.transpose(0, 1), up.w_uv).transpose(0, 1)
 
     def _expanded(
-        self, queries: torch.Tensor, latents: torch.Tensor, span: PrefillSpan, up: UpProjections, out: torch.Tensor
+        self, queries: torch.Tensor, latents: torch.Tensor, span: PrefillSpan, up: DenseUpProjections, out: torch.Tensor
     ) -> None:
         """Writes [Q, N, V] into out, a few heads at a time when the context is long."""
         kv_c, k_pe = torch.split(latents, [self._kv_lora_rank, self._rope_dim], dim=-1)

@@ -118,6 +118,12 @@ class AttentionModel(nn.Module):
             if isinstance(module, FrozenLinear) and not name.endswith("kv_b_proj"):
                 module.lay_out()
 
+    def limit_meanwhile(self, num_threads: int) -> None:
+        """On a CPU, computes what it computes while its tokens are away with at most so many threads."""
+        for layer in self.model.decoder_layers:
+            if isinstance(layer.mlp, MoE):
+                layer.mlp.meanwhile_threads = num_threads
+
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, H] -> [R, V] float32."""
         normed = self.model.norm(hidden)

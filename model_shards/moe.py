@@ -9,6 +9,7 @@ from model_shards.config import ModelConfig
 from model_shards.gate import Gate, Routing
 from model_shards.mlp import MLP
 from model_shards.routed import PendingCombine, RoutedExperts
+from model_shards.threads import at_most
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.gate = Gate(config, device)
+        self.meanwhile_threads: int | None = None  # most threads on a CPU while the routed experts compute
         self.shared_experts: MLP | None = None
         if config.n_shared_experts is not None:
             width = config.moe_intermediate_size * config.n_shared_experts
@@ -39,4 +41,5 @@ class MoE(nn.Module):
         """Sends hidden [T, H] away, then computes the shared experts while it travels."""
         routing: Routing = self.gate(hidden)
         pending = routed.dispatch(layer, hidden, routing.topk_ids, routing.topk_weights)
-        return PendingMoE(pending, None if self.shared_experts is None else self.shared_experts(hidden))
+        with at_most(self.meanwhile_threads):
+            return PendingMoE(pending, None if self.shared_experts is None else self.shared_experts(hidden))

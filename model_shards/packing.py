@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
-from model_shards.kernels.grouped_product import PackedMatrices
-from model_shards.kernels.instructions import bfloat16_instructions, int8_instructions
+from model_shards.kernels.grouped_product import PackedMatrices, Scaling
+from model_shards.kernels.instructions import Instructions, bfloat16_instructions, int8_instructions
 from model_shards.quantization import Quantization, row_scales
 
 # Rows that oneDNN is told to lay the matrix out for: a decode batch's.
@@ -42,13 +42,17 @@ def choose_packing(dtype: torch.dtype, device: torch.device) -> Packing | None:
     """How matrices of `dtype` are laid out on this machine's `device`; None: as they lie."""
     if device.type != "cpu" or dtype is not torch.bfloat16:
         return None
-    able = _capabilities()
-    if able.get("amx_bf16"):
+    if _capabilities().get("amx_bf16"):
         return Packing(torch.bfloat16, _pack_blocked)
-    instructions = bfloat16_instructions(able)
+    instructions = choose_instructions(dtype)
     if instructions is None:
         return None
     return Packing(instructions.operand_dtype, lambda weight: PackedMatrices(weight, instructions).multiply)
+
+
+def choose_instructions(dtype: torch.dtype) -> Instructions | None:
+    """What compiled products of matrices of `dtype` would use on this machine's CPU; None: they have none for it."""
+    return bfloat16_instructions(_capabilities()) if dtype is torch.bfloat16 else None
 
 
 def each_its_rows(
@@ -115,7 +119,7 @@ def pack_int8(weight: torch.Tensor, scale_inv: torch.Tensor) -> GroupedMultiply 
 
     def multiply(x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         quantized = quantize_activations(x)
-        return packed.multiply(quantized.values, counts, zero_sums, scales, quantized.scale)
+        return packed.multiply_scaled(quantized.values, counts, Scaling(zero_sums, scales, quantized.scale))
 
     return multiply
 

@@ -11,16 +11,26 @@ outputs. What is added in rounding up is zeros.
 import ctypes
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from model_shards.kernels.instructions import Instructions
+from model_shards.kernels.instructions import Arithmetic, Instructions
 from model_shards.kernels.machine_code import Compiled, OpenMP, find_openmp
 from model_shards.kernels.product_ir import ARGUMENTS, PARALLEL, SERIAL, product_ir
 
 # Threads are woken for no less than this much of weights to read.
 _BYTES_OF_A_THREAD = 2**17
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What makes numbers of integer products: (x W^T - zero_sums) * scales * row_scales."""
+
+    zero_sums: torch.Tensor  # [E, padded_outputs] int32
+    scales: torch.Tensor  # [E, padded_outputs] float32
+    row_scales: torch.Tensor  # [P] or [P, 1] float32
 
 
 class PackedMatrices:
@@ -40,41 +50,65 @@ class PackedMatrices:
         """O, rounded up to whole tiles."""
         return self._tiles * self._how.width
 
-    def multiply(
-        self,
-        x: torch.Tensor,  # [P, I]
-        counts: Sequence[int],  # of E
-        zero_sums: torch.Tensor | None = None,  # [E, padded_outputs] int32
-        scales: torch.Tensor | None = None,  # [E, padded_outputs] float32
-        row_scales: torch.Tensor | None = None,  # [P] float32
-    ) -> torch.Tensor:
-        """[P, O] float32: the first counts[0] rows by matrix 0, and so on.
+    def multiply(self, x: torch.Tensor, counts: Sequence[int], out: torch.Tensor | None = None) -> torch.Tensor:
+        """[P, I] -> [P, O] float32: the first counts[0] rows by matrix 0, and so on.
 
-        Integers take the last three: (x W^T - zero_sums) * scales * row_scales.
+        Into the first O elements of the rows of `out` if it is given, whose rows may be longer and lie apart.
         """
         assert sum(counts) == x.shape[0], "each row belongs to a matrix"
+        return self._run(x, counts, out)
+
+    def multiply_each(self, x: torch.Tensor, matrices: slice, out: torch.Tensor) -> None:
+        """All rows [P, I] by each of some matrices, into out as `multiply` does: P rows of the first, and so on."""
+        count = matrices.stop - matrices.start
+        self._run(x, (x.shape[0],) * count, out, first=matrices.start, shared=True)
+
+    def multiply_scaled(self, x: torch.Tensor, counts: Sequence[int], scaling: Scaling) -> torch.Tensor:
+        """`multiply` of integers."""
+        assert sum(counts) == x.shape[0], "each row belongs to a matrix"
+        return self._run(x, counts, None, scaling=scaling)
+
+    def _run(
+        self,
+        x: torch.Tensor,
+        counts: Sequence[int],
+        out: torch.Tensor | None,
+        first: int = 0,
+        shared: bool = False,
+        scaling: Scaling | None = None,
+    ) -> torch.Tensor:
         assert x.dtype is self._how.operand_dtype, "x is laid out for these instructions"
+        assert (scaling is not None) == (self._how.arithmetic is Arithmetic.INTEGER), "integers are scaled"
         missing = self._words * self._how.word_inputs - self._num_inputs
         x = F.pad(x, (0, missing)) if missing else x.contiguous()
-        out = torch.empty(x.shape[0], self.padded_outputs)
+        # Whole tiles are written: past O there must be room that nobody uses.
+        direct = out is not None and self.padded_outputs == self._num_outputs and out.stride(-1) == 1
+        target = out if out is not None and direct else torch.empty(sum(counts), self.padded_outputs)
         used = sum(1 for count in counts if count)
         threads = min(torch.get_num_threads(), self._tiles, used * self._matrix_bytes // _BYTES_OF_A_THREAD)
         rows = (ctypes.c_int64 * len(counts))(*counts)
-        values = {
-            "x": x.data_ptr(),
-            "out": out.data_ptr(),
-            "weights": self._packed.data_ptr(),
-            "matrix_bytes": self._matrix_bytes,
-            "counts": ctypes.addressof(rows),
-            "num_matrices": len(counts),
-            "words": self._words,
-            "tiles": self._tiles,
-            "zero_sums": 0 if zero_sums is None else zero_sums.data_ptr(),
-            "scales": 0 if scales is None else scales.data_ptr(),
-            "row_scales": 0 if row_scales is None else row_scales.data_ptr(),
-        }
-        self._code.run((ctypes.c_int64 * len(ARGUMENTS))(*(values[name] for name in ARGUMENTS)), threads)
-        return out if self.padded_outputs == self._num_outputs else out[:, : self._num_outputs]
+        arguments = (ctypes.c_int64 * len(ARGUMENTS))(
+            *(
+                x.data_ptr(),
+                0 if shared else 1,
+                target.data_ptr(),
+                4 * target.stride(0),
+                self._packed.data_ptr() + first * self._matrix_bytes,
+                self._matrix_bytes,
+                ctypes.addressof(rows),
+                len(counts),
+                self._words,
+                self._tiles,
+                0 if scaling is None else scaling.zero_sums.data_ptr(),
+                0 if scaling is None else scaling.scales.data_ptr(),
+                0 if scaling is None else scaling.row_scales.data_ptr(),
+            )
+        )
+        self._code.run(arguments, threads)
+        if direct:
+            return target
+        product = target if self.padded_outputs == self._num_outputs else target[:, : self._num_outputs]
+        return product if out is None else out[:, : self._num_outputs].copy_(product)
 
     @property
     def _matrix_bytes(self) -> int:

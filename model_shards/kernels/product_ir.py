@@ -12,7 +12,9 @@ from model_shards.kernels.instructions import Arithmetic, Instructions
 # What a call is told, in this order: eight bytes each.
 ARGUMENTS = (
     "x",  # address of [P, words * word_operand_bytes]
-    "out",  # address of [P, tiles * width] float32
+    "x_apart",  # 1: each matrix has rows of its own; 0: all have the same, the first ones
+    "out",  # address of float32 [P, ...], of whose rows the first tiles * width are written
+    "out_row",  # bytes from row to row
     "weights",  # address of the first matrix
     "matrix_bytes",
     "counts",  # address of E numbers of rows
@@ -79,7 +81,7 @@ entry:
 {loads}
   %x_row = mul i64 %words, {how.word_operand_bytes}
   %outputs = mul i64 %tiles, {how.width}
-  %out_row = mul i64 %outputs, 4
+  %matrix_columns = mul i64 %outputs, 4
   %tile_bytes = mul i64 %words, {4 * how.width}
   br label %matrix
 matrix:
@@ -90,7 +92,7 @@ matrix:
   %count = load i64, ptr %count_at
   %weights_off = mul i64 %e, %matrix_bytes
   %weights_e = add i64 %weights, %weights_off
-  %columns_off = mul i64 %e, %out_row
+  %columns_off = mul i64 %e, %matrix_columns
   %zeros_e = add i64 %zero_sums, %columns_off
   %scales_e = add i64 %scales, %columns_off
   %has_rows = icmp ne i64 %count, 0
@@ -111,7 +113,9 @@ tile_of:
 rows_of:
   %r = phi i64 [0, %tile_of], [%r_next, %full]
   %p = add i64 %row, %r
-  %x_off = mul i64 %p, %x_row
+  %x_first = mul i64 %row, %x_apart
+  %x_p = add i64 %x_first, %r
+  %x_off = mul i64 %x_p, %x_row
   %x_i = add i64 %x, %x_off
   %x_rows = inttoptr i64 %x_i to ptr
   %out_off = mul i64 %p, %out_row

@@ -10,6 +10,7 @@ from model_shards.errors import CapacityError
 from model_shards.experts import ExpertShardModel
 from model_shards.model import AttentionModel
 from model_shards.quantization import Quantization
+from model_shards.up_projection import laid_out_bytes
 
 _GIB = 2**30
 _MEMINFO = Path("/proc/meminfo")
@@ -19,10 +20,14 @@ _CGROUP = Path("/sys/fs/cgroup")
 def attention_slice_bytes(config: ModelConfig, dtype: torch.dtype, device_type: str) -> int:
     """Bytes of the weights of one attention rank as they are laid out on a "cpu" or "cuda"; allocates nothing."""
     model = AttentionModel(config, dtype, torch.device("meta"))
-    # A CPU holds W_UK and W_UV in float32 in place of kv_b_proj (model_shards.up_projection).
-    wider = 4 - dtype.itemsize if device_type == "cpu" else 0
-    widened = sum(weight.numel() for name, weight in model.hf_slices() if name.endswith("kv_b_proj.weight"))
-    return _parameter_bytes(model) + wider * widened
+    if device_type != "cpu":
+        return _parameter_bytes(model)
+    # A CPU holds W_UK and W_UV in a layout of their own in place of kv_b_proj.
+    replaced = [weight for name, weight in model.hf_slices() if name.endswith("kv_b_proj.weight")]
+    laid_out = sum(
+        laid_out_bytes(config.qk_nope_head_dim, config.v_head_dim, weight.numel(), dtype) for weight in replaced
+    )
+    return _parameter_bytes(model) + laid_out - sum(weight.nbytes for weight in replaced)
 
 
 def expert_slice_bytes(

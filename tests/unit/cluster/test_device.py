@@ -7,7 +7,7 @@ import pytest
 
 from cluster import device
 from cluster.cell import _rank_environment
-from cluster.device import RANK_ENVIRONMENT, available_cores, num_threads
+from cluster.device import RANK_ENVIRONMENT, available_cores, meanwhile_threads, num_threads
 from cluster.topology import Role, Topology
 
 
@@ -19,6 +19,13 @@ def test_ranks_of_one_role_share_the_cores_and_each_has_one(topology, cores, att
     shape = Topology(*topology)
     assert num_threads(shape, Role.ATTENTION, cores) == attention
     assert num_threads(shape, Role.EXPERT, cores) == expert
+
+
+@pytest.mark.parametrize(
+    ("topology", "cores", "threads"), [((1, 2), 2, 1), ((1, 1), 2, 1), ((1, 2), 16, 5), ((4, 8), 2, 1)]
+)
+def test_while_all_ranks_compute_all_share_the_cores(topology, cores, threads):
+    assert meanwhile_threads(Topology(*topology), cores) == threads
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model_shards.kernels import grouped_product
-from model_shards.kernels.grouped_product import PackedMatrices
+from model_shards.kernels.grouped_product import PackedMatrices, Scaling
 from model_shards.kernels.instructions import Arithmetic, Instructions, bfloat16_instructions, int8_instructions
 from tests.reference import relative_error
 
@@ -108,12 +108,40 @@ def test_integers_are_exact_before_they_are_scaled(how, counts, outputs, inputs)
     shape = (len(counts), packed.padded_outputs)
     zero_sums = torch.randint(-1000, 1000, shape, generator=generator).int()
     scales, row_scales = torch.rand(shape, generator=generator), torch.rand(x.shape[0], generator=generator)
-    product = packed.multiply(x, counts, zero_sums, scales, row_scales)
+    product = packed.multiply_scaled(x, counts, Scaling(zero_sums, scales, row_scales))
     of_row = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     integers = exact(x, weight, counts) - zero_sums[of_row, :outputs]
     expected = integers * scales[of_row, :outputs].double() * row_scales.double()[:, None]
     assert product.shape == expected.shape
     assert bool(((product.double() - expected).abs() <= 1e-6 * expected.abs()).all())
+
+
+@pytest.mark.parametrize("how", PLAIN, ids=lambda how: f"{how.arithmetic.value}-{how.lanes}")
+@pytest.mark.parametrize("outputs", [128, 70])
+def test_products_go_where_they_are_wanted_and_nowhere_else(how, outputs) -> None:
+    counts = [3, 0, 9]
+    weight = random(3, outputs, 24).bfloat16()
+    x = random(12, 24, seed=1).to(how.operand_dtype)
+    packed = PackedMatrices(weight, how)
+    expected = exact(x, weight, counts)
+    out = torch.full((12, outputs + 8), 7.0)
+    packed.multiply(x, counts, out)
+    assert relative_error(out[:, :outputs], expected) < 1e-5
+    assert bool((out[:, outputs:] == 7).all())
+    apart = torch.full((24, outputs), 7.0)
+    packed.multiply(x, counts, apart[::2])
+    assert relative_error(apart[::2], expected) < 1e-5
+    assert bool((apart[1::2] == 7).all())
+
+
+@pytest.mark.parametrize("how", PLAIN, ids=lambda how: f"{how.arithmetic.value}-{how.lanes}")
+def test_each_of_some_matrices_multiplies_the_same_rows(how) -> None:
+    weight = random(4, 64, 24).bfloat16()
+    x = random(13, 24, seed=1).to(how.operand_dtype)
+    out = torch.full((26, 80), 7.0)
+    PackedMatrices(weight, how).multiply_each(x, slice(1, 3), out)
+    assert relative_error(out[:, :64], exact(x.repeat(2, 1), weight[1:3], [13, 13])) < 1e-5
+    assert bool((out[:, 64:] == 7).all())
 
 
 @pytest.mark.parametrize("how", PLAIN[:1] + INTEGER[:1], ids=lambda how: how.arithmetic.value)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from model_shards.config import ModelConfig, load_model_config
 from model_shards.errors import CheckpointError
 from model_shards.kv_cache import LatentKVCache
+from model_shards.packing import choose_instructions
 from model_shards.weights import attention_slice_bytes, check_checkpoint, expert_slice_bytes
 from model_shards.weights import load_attention_model as load_attention
 from model_shards.weights import load_expert_shard as load_experts
@@ -181,10 +182,16 @@ def test_slice_bytes_are_those_of_the_loaded_tensors(indexed: Path, dtype: torch
     attention = dict(load_attention(indexed, CONFIG, dtype, CPU).hf_slices())
     experts = dict(load_experts(indexed, CONFIG, (0, 4, 7), dtype, CPU).hf_slices())
     assert attention_slice_bytes(CONFIG, dtype, "cuda") == sum(tensor.nbytes for tensor in attention.values())
-    # Laid out on a CPU, W_UK and W_UV are float32.
-    widened = sum(tensor.numel() for name, tensor in attention.items() if name.endswith("kv_b_proj.weight"))
+    # Laid out on a CPU, W_UK and W_UV are float32, or bfloat16 with W_UK twice.
+    halves = [tensor for name, tensor in attention.items() if name.endswith("kv_b_proj.weight")]
+    keys = (
+        sum(tensor.numel() for tensor in halves)
+        * CONFIG.qk_nope_head_dim
+        // (CONFIG.qk_nope_head_dim + CONFIG.v_head_dim)
+    )
     wider = attention_slice_bytes(CONFIG, dtype, "cpu") - attention_slice_bytes(CONFIG, dtype, "cuda")
-    assert wider == widened * (4 - dtype.itemsize)
+    packed = choose_instructions(dtype) is not None
+    assert wider == (2 * keys if packed else sum(tensor.numel() for tensor in halves) * (4 - dtype.itemsize))
     assert expert_slice_bytes(CONFIG, 3, dtype) == sum(tensor.nbytes for tensor in experts.values())
 
 
