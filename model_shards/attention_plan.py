@@ -5,6 +5,7 @@ Shapes: T tokens, D decodes in a group, L longest context of a group, C context 
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 
@@ -66,25 +67,46 @@ class PrefillSpan:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Decodes in groups, prefills one by one."""
+    """Prefills one by one; decodes by their block tables, or in groups when these are asked for."""
 
-    decodes: tuple[DecodeGroup, ...]
     prefills: tuple[PrefillSpan, ...]
     num_decodes: int
-    decode_order: torch.Tensor | None  # [D] int64, the rows of all groups end to end; None when they are 0, 1, 2, ...
+    block_tables: torch.Tensor  # [D, ...] int64
+    context_lens: tuple[int, ...]  # D
+    block_size: int
+
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        """`context_lens` as int64."""
+        return torch.tensor(self.context_lens, dtype=torch.int64)
+
+    @cached_property
+    def decodes(self) -> tuple[DecodeGroup, ...]:
+        """Decodes of similar length together."""
+        limits = CPU_LIMITS if self.block_tables.device.type == "cpu" else DEVICE_LIMITS
+        return tuple(
+            _decode_group(self.block_tables, self.context_lens, group, self.block_size)
+            for group in group_by_length(self.context_lens, limits)
+        )
+
+    @cached_property
+    def decode_order(self) -> torch.Tensor | None:
+        """[D] int64, the rows of all groups end to end; None when they are 0, 1, 2, ..."""
+        if not self.decodes:
+            return None
+        order = torch.cat([group.rows for group in self.decodes])
+        # Known without asking a device: groups are cut from the lengths in order.
+        in_order = all(first <= second for first, second in pairwise(self.context_lens))
+        return None if in_order else order
 
 
 def plan_attention(batch: AttentionBatch, block_size: int) -> AttentionPlan:
     """Turns block tables into slots; copies a few small index tensors to the device."""
-    limits = CPU_LIMITS if batch.block_tables.device.type == "cpu" else DEVICE_LIMITS
-    groups = group_by_length(batch.context_lens[: batch.num_decodes], limits)
-    decodes = tuple(_decode_group(batch, group, block_size) for group in groups)
     prefills = tuple(
         _prefill_span(batch, sequence, block_size) for sequence in range(batch.num_decodes, len(batch.context_lens))
     )
-    in_order = [row for group in groups for row in group] == list(range(batch.num_decodes))
-    order = None if in_order else torch.cat([group.rows for group in decodes])
-    return AttentionPlan(decodes, prefills, batch.num_decodes, order)
+    count = batch.num_decodes
+    return AttentionPlan(prefills, count, batch.block_tables[:count], batch.context_lens[:count], block_size)
 
 
 def group_by_length(lengths: tuple[int, ...], limits: GroupLimits) -> list[list[int]]:
@@ -104,15 +126,17 @@ def group_by_length(lengths: tuple[int, ...], limits: GroupLimits) -> list[list[
     return groups
 
 
-def _decode_group(batch: AttentionBatch, sequences: list[int], block_size: int) -> DecodeGroup:
-    device = batch.block_tables.device
+def _decode_group(
+    block_tables: torch.Tensor, context_lens: tuple[int, ...], sequences: list[int], block_size: int
+) -> DecodeGroup:
+    device = block_tables.device
     rows = torch.tensor(sequences, dtype=torch.int64, device=device)  # decode i is token i
-    contexts = [batch.context_lens[i] for i in sequences]
+    contexts = [context_lens[i] for i in sequences]
     lengths = torch.tensor(contexts, dtype=torch.int64, device=device)[:, None]
     positions = torch.arange(max(contexts), device=device)[None]  # [1, L]
     # Repeating the own last slot keeps other sequences' values (block 0 of the padded table) out of reach.
     own = torch.minimum(positions, lengths - 1)  # [D, L]
-    blocks = batch.block_tables[rows].gather(1, own // block_size)
+    blocks = block_tables[rows].gather(1, own // block_size)
     slots = blocks * block_size + own % block_size
     padding = None if len(set(contexts)) == 1 else positions >= lengths
     return DecodeGroup(rows, slots, padding, _run_of(slots))

@@ -17,6 +17,7 @@ import torch
 
 from model_shards.attention_plan import AttentionPlan, DecodeGroup, PrefillSpan
 from model_shards.config import ModelConfig
+from model_shards.kernels.decode_attention import can_decode, decode_attention
 from model_shards.kv_cache import LatentKVCache
 from model_shards.rope import attention_scale
 from model_shards.scratch import Workspace
@@ -57,7 +58,7 @@ class BlockwiseAttention:
     ) -> torch.Tensor:
         """See `AttentionCore`."""
         out = queries.new_empty((queries.shape[0], self._num_heads, self._v_dim))  # [T, N, V]
-        if plan.decodes:
+        if plan.num_decodes:
             self._decode(layer, queries, plan, kv_cache, up, out)
         for span in plan.prefills:
             tokens = slice(span.start, span.stop)
@@ -97,6 +98,14 @@ class BlockwiseAttention:
         """Writes the first D rows of out: the up-projections are products over all decodes, heads the batch; between
         them the heads are the rows of one product per sequence."""
         count = plan.num_decodes
+        latents = kv_cache.layer(layer)
+        if can_decode(latents, self._kv_lora_rank):
+            absorbed = self._latent_queries(queries[:count], up)
+            mixed = decode_attention(
+                absorbed, latents, plan.block_tables, plan.lengths, self._kv_lora_rank, self._scale
+            )
+            out[:count] = up.value(mixed).transpose(0, 1)
+            return
         own = queries[:count] if plan.decode_order is None else queries[plan.decode_order]  # [D, N, P + O]
         absorbed = self._latent_queries(own, up)  # [N, D, R + O]
         mixed = absorbed.new_empty((self._num_heads, count, self._kv_lora_rank))

@@ -14,13 +14,13 @@ int8 matrices under bfloat16 activations: the same on a CPU with 8-bit dot produ
 A layout takes as many bytes as the matrix; it is opaque, and the matrix cannot be had back.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from model_shards.kernels.grouped_product import PackedMatrices, Scaling
-from model_shards.kernels.instructions import Instructions, bfloat16_instructions, int8_instructions
+from model_shards.kernels.instructions import choose_instructions
 from model_shards.quantization import Quantization, row_scales
 
 # Rows that oneDNN is told to lay the matrix out for: a decode batch's.
@@ -42,17 +42,12 @@ def choose_packing(dtype: torch.dtype, device: torch.device) -> Packing | None:
     """How matrices of `dtype` are laid out on this machine's `device`; None: as they lie."""
     if device.type != "cpu" or dtype is not torch.bfloat16:
         return None
-    if _capabilities().get("amx_bf16"):
+    if torch.cpu.get_capabilities().get("amx_bf16"):
         return Packing(torch.bfloat16, _pack_blocked)
     instructions = choose_instructions(dtype)
     if instructions is None:
         return None
     return Packing(instructions.operand_dtype, lambda weight: PackedMatrices(weight, instructions).multiply)
-
-
-def choose_instructions(dtype: torch.dtype) -> Instructions | None:
-    """What compiled products of matrices of `dtype` would use on this machine's CPU; None: they have none for it."""
-    return bfloat16_instructions(_capabilities()) if dtype is torch.bfloat16 else None
 
 
 def each_its_rows(
@@ -62,11 +57,6 @@ def each_its_rows(
     used = [matrix for matrix, count in enumerate(counts) if count]
     parts = torch.split(x, [counts[matrix] for matrix in used])
     return torch.cat([multiply(matrix, part) for matrix, part in zip(used, parts, strict=True)])
-
-
-def _capabilities() -> Mapping[str, object]:
-    able: Mapping[str, object] = torch.cpu.get_capabilities()
-    return able
 
 
 def _pack_blocked(weight: torch.Tensor) -> GroupedMultiply:
@@ -103,12 +93,11 @@ def pack_int8(weight: torch.Tensor, scale_inv: torch.Tensor) -> GroupedMultiply 
 
     None where this machine has no 8-bit dot products.
     """
-    able = _capabilities()
     if weight.device.type != "cpu":
         return None
-    if able.get("amx_int8"):
+    if torch.cpu.get_capabilities().get("amx_int8"):
         return _pack_int8_blocked(weight, scale_inv)
-    instructions = int8_instructions(able)
+    instructions = choose_instructions(weight.dtype)
     if instructions is None:
         return None
     packed = PackedMatrices(weight, instructions)

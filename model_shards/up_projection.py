@@ -9,8 +9,7 @@ from typing import Protocol
 import torch
 
 from model_shards.kernels.grouped_product import PackedMatrices
-from model_shards.kernels.instructions import Instructions
-from model_shards.packing import choose_instructions
+from model_shards.kernels.instructions import Instructions, choose_instructions
 
 
 class UpProjections(Protocol):

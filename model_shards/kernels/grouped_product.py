@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from model_shards.kernels.instructions import Arithmetic, Instructions
-from model_shards.kernels.machine_code import Compiled, OpenMP, find_openmp
+from model_shards.kernels.machine_code import TeamFunction
 from model_shards.kernels.product_ir import ARGUMENTS, PARALLEL, SERIAL, product_ir
 
 # Threads are woken for no less than this much of weights to read.
@@ -125,23 +125,6 @@ class PackedMatrices:
         return packed
 
 
-class _Code:
-    """The product compiled for one set of instructions."""
-
-    def __init__(self, instructions: Instructions) -> None:
-        self._openmp: OpenMP | None = find_openmp()
-        self._compiled = Compiled(product_ir(instructions, self._openmp is not None))
-        self._serial = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._compiled.address(SERIAL))
-        self._parallel = 0 if self._openmp is None else self._compiled.address(PARALLEL)
-
-    def run(self, arguments: ctypes.Array[ctypes.c_int64], num_threads: int) -> None:
-        address = ctypes.addressof(arguments)
-        if self._openmp is None or num_threads <= 1:
-            self._serial(address)
-        else:
-            self._openmp.run(self._parallel, address, num_threads)
-
-
 @functools.cache
-def _code(instructions: Instructions) -> _Code:
-    return _Code(instructions)
+def _code(instructions: Instructions) -> TeamFunction:
+    return TeamFunction(functools.partial(product_ir, instructions), SERIAL, PARALLEL)

@@ -63,6 +63,14 @@ class Instructions:
         return self.word_inputs * self.operand_dtype.itemsize
 
 
+def choose_instructions(dtype: torch.dtype) -> Instructions | None:
+    """What compiled products of matrices of `dtype` use on this machine's CPU; None: there are none for it."""
+    able: Mapping[str, object] = torch.cpu.get_capabilities()
+    if dtype is torch.bfloat16:
+        return bfloat16_instructions(able)
+    return int8_instructions(able) if dtype is torch.int8 else None
+
+
 def bfloat16_instructions(able: Mapping[str, object]) -> Instructions | None:
     """The fastest for matrices of bfloat16; `able` is torch.cpu.get_capabilities()."""
     if able.get("avx512_bf16"):

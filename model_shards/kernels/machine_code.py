@@ -1,6 +1,7 @@
 """LLVM text to functions that this process can call, on one thread or on those that torch computes with."""
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,3 +61,22 @@ def find_openmp() -> OpenMP | None:
         team = {name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in _TEAM}
         return OpenMP(library, {name: address for name, address in team.items() if address is not None})
     return None
+
+
+class TeamFunction:
+    """`void function(int64_t *arguments)`, compiled for one thread and for a team of them."""
+
+    def __init__(self, text: Callable[[bool], str], serial: str, parallel: str) -> None:
+        """`text` is told whether there are teams; only then it defines `parallel`."""
+        self._openmp = find_openmp()
+        self._compiled = Compiled(text(self._openmp is not None))
+        self._serial = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._compiled.address(serial))
+        self._parallel = 0 if self._openmp is None else self._compiled.address(parallel)
+
+    def run(self, arguments: "ctypes.Array[ctypes.c_int64]", num_threads: int) -> None:
+        """Calls it; what its arguments point at must live until then."""
+        address = ctypes.addressof(arguments)
+        if self._openmp is None or num_threads <= 1:
+            self._serial(address)
+        else:
+            self._openmp.run(self._parallel, address, num_threads)

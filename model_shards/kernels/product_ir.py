@@ -31,7 +31,7 @@ SERIAL, PARALLEL = "product", "product_parallel"
 def product_ir(how: Instructions, threads: bool) -> str:
     """Defines SERIAL, `void (int64_t *arguments)`, and with `threads` PARALLEL, the same for every thread of an OpenMP
     team, which needs `omp_get_thread_num` and `omp_get_num_threads`."""
-    parts = [_matrices(how), *(_tile(how, rows) for rows in range(1, how.rows + 1)), _DECLARATIONS, _ENTRY_SERIAL]
+    parts = [_matrices(how), *(tile(how, rows) for rows in range(1, how.rows + 1)), DECLARATIONS, _ENTRY_SERIAL]
     if threads:
         parts.append(_ENTRY_PARALLEL)
     return "\n".join(parts)
@@ -55,7 +55,7 @@ define void @{PARALLEL}(ptr %arguments) #0 {{
   ret void
 }}"""
 
-_DECLARATIONS = """
+DECLARATIONS = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
 declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <16 x i32>, <16 x i32>)
 declare <8 x i32> @llvm.x86.avx512.vpdpbusd.256(<8 x i32>, <8 x i32>, <8 x i32>)
@@ -149,7 +149,7 @@ done:
 }}"""
 
 
-def _tile(how: Instructions, rows: int) -> str:
+def tile(how: Instructions, rows: int) -> str:
     """`rows` rows of x times one tile."""
     lanes = how.lanes
     sums = f"<{lanes} x {'i32' if how.arithmetic is Arithmetic.INTEGER else 'float'}>"

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from model_shards.config import ModelConfig, load_model_config
 from model_shards.errors import CheckpointError
+from model_shards.kernels.instructions import choose_instructions
 from model_shards.kv_cache import LatentKVCache
-from model_shards.packing import choose_instructions
 from model_shards.weights import attention_slice_bytes, check_checkpoint, expert_slice_bytes
 from model_shards.weights import load_attention_model as load_attention
 from model_shards.weights import load_expert_shard as load_experts

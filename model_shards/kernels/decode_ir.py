@@ -1,0 +1,439 @@
+"""The text of attention from one new token to a paged cache of bfloat16 latents, in LLVM's intermediate representation.
+
+Shapes: D sequences, L tokens of a context, W words of a latent (two elements each), R kv_lora_rank.
+
+Sixteen heads of one sequence at a time, a head a lane. Tokens come in chunks that stay in the cache while they are read
+twice, with the softmax that `model_shards.softmax_blocks` explains:
+
+    scores [tokens, 16]    latent rows times the queries, packed as a matrix of 16 outputs (product_ir's tiles)
+    p                      exp(scale * (scores - largest)), sixteen heads in one register
+    mixed [16, R]          each element of a latent times p of sixteen heads
+"""
+
+import struct
+
+from model_shards.kernels.instructions import Arithmetic, Instructions
+from model_shards.kernels.product_ir import DECLARATIONS, tile
+
+HEADS = 16
+# Queries are the matrix: one register of sixteen heads, and rows are tokens.
+INSTRUCTIONS = Instructions(Arithmetic.DOT, lanes=HEADS, vectors=1, rows=8)
+# Of 1152 bytes each: 295 KB, which stay in the second-level cache.
+_CHUNK_TOKENS = 256
+
+# What a call is told, in this order: eight bytes each.
+ARGUMENTS = (
+    "queries",  # address of bfloat16 [D, head tiles, W, 16, 2]
+    "cache",  # address of one layer's first row
+    "words",  # W
+    "block_size",  # tokens; at most _CHUNK_TOKENS
+    "tables",  # address of int64 [D, ...], a sequence's blocks
+    "table_row",  # bytes from sequence to sequence
+    "lengths",  # address of int64 [D], L of each
+    "mixed",  # address of float32 [head tiles * 16, D, R]
+    "rank",  # R, a multiple of 16
+    "num_sequences",  # D
+    "head_tiles",
+    "scale",  # float32, as the lower four bytes
+)
+SERIAL, PARALLEL = "decode", "decode_parallel"
+MAX_BLOCK_SIZE = _CHUNK_TOKENS
+
+_F = f"<{HEADS} x float>"
+_I = f"<{HEADS} x i32>"
+
+
+def decode_ir(threads: bool) -> str:
+    """Defines SERIAL and, with `threads`, PARALLEL, as `product_ir` does."""
+    tiles = [tile(INSTRUCTIONS, rows) for rows in range(1, INSTRUCTIONS.rows + 1)]
+    parts = [DECLARATIONS, _DECLARATIONS, *tiles, _EXP, _scores(), _softmax(), _mix(), _rescale(), _sequence(), _ITEMS]
+    if threads:
+        parts.append(_ENTRY_PARALLEL)
+    return "\n".join(parts)
+
+
+def _splat(name: str, scalar: str, kind: str = "float") -> str:
+    vector = f"<{HEADS} x {kind}>"
+    return (
+        f"  %{name}_v = insertelement {vector} poison, {kind} {scalar}, i32 0\n"
+        f"  %{name} = shufflevector {vector} %{name}_v, {vector} poison, {_I} zeroinitializer"
+    )
+
+
+_DECLARATIONS = f"""
+declare {_F} @llvm.rint.v16f32({_F})
+declare {_I} @llvm.fptosi.sat.v16i32.v16f32({_F})
+declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)"""
+
+# exp(x) of x <= 0: 2^n times 2^f, n whole and |f| <= 1/2, by the Taylor polynomial of degree 6 (relative error 1e-7).
+# Below 2^-126 it stays there, which is nothing beside the largest, 1. What is not a number stays none.
+_COEFFICIENTS = (1.0, 0.6931471805599453, 0.2402265069591007, 0.05550410866482158, 0.009618129107628477,
+                 0.0013333558146428443, 0.0001540353039338161)  # fmt: skip
+
+
+def _hex_float(value: float) -> str:
+    """A float constant as LLVM reads it: the double of a float32, in hexadecimal."""
+    single = struct.unpack("f", struct.pack("f", value))[0]
+    return "0x" + struct.pack(">d", single).hex().upper()
+
+
+def _exp() -> str:
+    lines = [
+        f"define internal {_F} @exp({_F} %x) #0 alwaysinline {{",
+        _splat("log2e", _hex_float(1.4426950408889634)),
+        _splat("least", _hex_float(-126.0)),
+        f"  %t0 = fmul {_F} %x, %log2e",
+        f"  %low = fcmp olt {_F} %t0, %least",
+        f"  %t = select <{HEADS} x i1> %low, {_F} %least, {_F} %t0",
+        f"  %n = call {_F} @llvm.rint.v16f32({_F} %t)",
+        f"  %f = fsub {_F} %t, %n",
+        f"  %i = call {_I} @llvm.fptosi.sat.v16i32.v16f32({_F} %n)",
+        _splat("bias", "127", "i32"),
+        _splat("shift", "23", "i32"),
+        f"  %e = add {_I} %i, %bias",
+        f"  %b = shl {_I} %e, %shift",
+        f"  %power = bitcast {_I} %b to {_F}",
+    ]
+    lines += [_splat(f"c{degree}", _hex_float(value)) for degree, value in enumerate(_COEFFICIENTS)]
+    last = len(_COEFFICIENTS) - 1
+    lines.append(f"  %p{last} = fadd {_F} %c{last}, zeroinitializer")
+    lines += [
+        f"  %p{degree} = call {_F} @llvm.fma.v16f32({_F} %p{degree + 1}, {_F} %f, {_F} %c{degree})"
+        for degree in range(last - 1, -1, -1)
+    ]
+    lines += [f"  %y = fmul {_F} %p0, %power", f"  ret {_F} %y", "}"]
+    return "\n".join(lines)
+
+
+_EXP = _exp()
+
+
+def _scores() -> str:
+    """Of one chunk: block after block, up to eight tokens at once."""
+    most = INSTRUCTIONS.rows
+    passed = "ptr %x, ptr %queries, ptr %out, i64 %words, i64 %row_bytes, i64 64, ptr null, ptr null, ptr null"
+    rest = range(1, most)
+    cases = " ".join(f"i64 {rows}, label %rest{rows}" for rows in rest)
+    rests = "\n".join(f"rest{rows}:\n  call void @tile_{rows}({passed})\n  br label %block_done" for rows in rest)
+    return f"""
+define internal void @scores(ptr %queries, i64 %cache, i64 %words, i64 %block_size, ptr %blocks, i64 %tokens,
+                             ptr %scores) #0 {{
+entry:
+  %row_bytes = mul i64 %words, 4
+  %block_bytes = mul i64 %row_bytes, %block_size
+  br label %block
+block:
+  %b = phi i64 [0, %entry], [%b_next, %block_done]
+  %first = phi i64 [0, %entry], [%end, %block_done]
+  %full_end = add i64 %first, %block_size
+  %is_last = icmp ugt i64 %full_end, %tokens
+  %end = select i1 %is_last, i64 %tokens, i64 %full_end
+  %number_at = getelementptr i64, ptr %blocks, i64 %b
+  %number = load i64, ptr %number_at
+  %block_off = mul i64 %number, %block_bytes
+  %block_i = add i64 %cache, %block_off
+  br label %rows
+rows:
+  %token = phi i64 [%first, %block], [%token_next, %full]
+  %in_block = sub i64 %token, %first
+  %x_off = mul i64 %in_block, %row_bytes
+  %x_i = add i64 %block_i, %x_off
+  %x = inttoptr i64 %x_i to ptr
+  %out_off = mul i64 %token, 64
+  %out = getelementptr i8, ptr %scores, i64 %out_off
+  %left = sub i64 %end, %token
+  %is_full = icmp uge i64 %left, {most}
+  br i1 %is_full, label %full, label %rest
+full:
+  call void @tile_{most}({passed})
+  %token_next = add i64 %token, {most}
+  br label %rows
+rest:
+  switch i64 %left, label %block_done [ {cases} ]
+{rests}
+block_done:
+  %b_next = add i64 %b, 1
+  %more = icmp ult i64 %end, %tokens
+  br i1 %more, label %block, label %done
+done:
+  ret void
+}}"""
+
+
+def _softmax() -> str:
+    """Of one chunk: scores become p. Returns by way of `state` [3, 16]: the largest score and the total so far, which
+    are brought up to date, and what the former sums shrink by."""
+    return f"""
+define internal void @softmax(ptr %scores, i64 %tokens, ptr %state, float %scale) #0 {{
+entry:
+  %total_at = getelementptr i8, ptr %state, i64 64
+  %shrink_at = getelementptr i8, ptr %state, i64 128
+  %before = load {_F}, ptr %state, align 64
+  %total_before = load {_F}, ptr %total_at, align 64
+{_splat("scales", "%scale")}
+  br label %largest
+largest:
+  %i = phi i64 [0, %entry], [%i_next, %largest]
+  %m = phi {_F} [%before, %entry], [%m_next, %largest]
+  %s_off = mul i64 %i, 64
+  %s_at = getelementptr i8, ptr %scores, i64 %s_off
+  %s = load {_F}, ptr %s_at, align 64
+  %higher = fcmp ogt {_F} %s, %m
+  %m_next = select <{HEADS} x i1> %higher, {_F} %s, {_F} %m
+  %i_next = add nuw i64 %i, 1
+  %i_more = icmp ult i64 %i_next, %tokens
+  br i1 %i_more, label %largest, label %known
+known:
+  %fell = fsub {_F} %before, %m_next
+  %fell_scaled = fmul {_F} %fell, %scales
+  %shrink = call {_F} @exp({_F} %fell_scaled)
+  store {_F} %m_next, ptr %state, align 64
+  store {_F} %shrink, ptr %shrink_at, align 64
+  br label %powers
+powers:
+  %j = phi i64 [0, %known], [%j_next, %powers]
+  %sum = phi {_F} [zeroinitializer, %known], [%sum_next, %powers]
+  %p_off = mul i64 %j, 64
+  %p_at = getelementptr i8, ptr %scores, i64 %p_off
+  %score = load {_F}, ptr %p_at, align 64
+  %below = fsub {_F} %score, %m_next
+  %below_scaled = fmul {_F} %below, %scales
+  %p = call {_F} @exp({_F} %below_scaled)
+  store {_F} %p, ptr %p_at, align 64
+  %sum_next = fadd {_F} %sum, %p
+  %j_next = add nuw i64 %j, 1
+  %j_more = icmp ult i64 %j_next, %tokens
+  br i1 %j_more, label %powers, label %done
+done:
+  %kept = fmul {_F} %total_before, %shrink
+  %total = fadd {_F} %kept, %sum_next
+  store {_F} %total, ptr %total_at, align 64
+  ret void
+}}"""
+
+
+def _mix() -> str:
+    """Adds one chunk to sixteen elements of the sums of each head: `sums` is head 0's, `head_bytes` apart."""
+    heads = range(HEADS)
+    loads = "\n".join(
+        f"  %at_off{h} = mul i64 %head_bytes, {h}\n  %at{h} = getelementptr i8, ptr %sums, i64 %at_off{h}\n"
+        f"  %begun{h} = load {_F}, ptr %at{h}, align 4"
+        for h in heads
+    )
+    outer = "\n".join(f"  %o{h} = phi {_F} [%begun{h}, %entry], [%n{h}, %block_done]" for h in heads)
+    inner = "\n".join(f"  %a{h} = phi {_F} [%o{h}, %block], [%n{h}, %row]" for h in heads)
+    adds = "\n".join(
+        f"  %p_at{h} = getelementptr i8, ptr %p_row, i64 {4 * h}\n  %p{h} = load float, ptr %p_at{h}, align 4\n"
+        + _splat(f"w{h}", f"%p{h}")
+        + f"\n  %n{h} = call {_F} @llvm.fma.v16f32({_F} %latent, {_F} %w{h}, {_F} %a{h})"
+        for h in heads
+    )
+    stores = "\n".join(f"  store {_F} %n{h}, ptr %at{h}, align 4" for h in heads)
+    return f"""
+define internal void @mix(ptr %sums, i64 %head_bytes, i64 %cache, i64 %row_bytes, i64 %block_size, ptr %blocks,
+                          i64 %tokens, ptr %scores) #0 {{
+entry:
+  %block_bytes = mul i64 %row_bytes, %block_size
+{_splat("sixteen", "16", "i32")}
+{loads}
+  br label %block
+block:
+  %b = phi i64 [0, %entry], [%b_next, %block_done]
+  %first = phi i64 [0, %entry], [%end, %block_done]
+{outer}
+  %full_end = add i64 %first, %block_size
+  %is_last = icmp ugt i64 %full_end, %tokens
+  %end = select i1 %is_last, i64 %tokens, i64 %full_end
+  %number_at = getelementptr i64, ptr %blocks, i64 %b
+  %number = load i64, ptr %number_at
+  %block_off = mul i64 %number, %block_bytes
+  %block_i = add i64 %cache, %block_off
+  br label %row
+row:
+  %token = phi i64 [%first, %block], [%token_next, %row]
+  %x_i = phi i64 [%block_i, %block], [%x_next, %row]
+{inner}
+  %x = inttoptr i64 %x_i to ptr
+  %narrow = load <{HEADS} x i16>, ptr %x, align 2
+  %wide = zext <{HEADS} x i16> %narrow to {_I}
+  %upper = shl {_I} %wide, %sixteen
+  %latent = bitcast {_I} %upper to {_F}
+  %p_off = mul i64 %token, 64
+  %p_row = getelementptr i8, ptr %scores, i64 %p_off
+{adds}
+  %token_next = add nuw i64 %token, 1
+  %x_next = add i64 %x_i, %row_bytes
+  %row_more = icmp ult i64 %token_next, %end
+  br i1 %row_more, label %row, label %block_done
+block_done:
+  %b_next = add i64 %b, 1
+  %more = icmp ult i64 %end, %tokens
+  br i1 %more, label %block, label %done
+done:
+{stores}
+  ret void
+}}"""
+
+
+def _rescale() -> str:
+    """Multiplies each head's sums by its factor."""
+    return f"""
+define internal void @rescale(ptr %sums, i64 %head_bytes, i64 %rank, ptr %factors) #0 {{
+entry:
+  br label %head
+head:
+  %h = phi i64 [0, %entry], [%h_next, %head_done]
+  %factor_at = getelementptr float, ptr %factors, i64 %h
+  %factor = load float, ptr %factor_at
+{_splat("factors_of", "%factor")}
+  %sums_off = mul i64 %h, %head_bytes
+  %sums_of = getelementptr i8, ptr %sums, i64 %sums_off
+  br label %part
+part:
+  %r = phi i64 [0, %head], [%r_next, %part]
+  %at = getelementptr float, ptr %sums_of, i64 %r
+  %value = load {_F}, ptr %at, align 4
+  %scaled = fmul {_F} %value, %factors_of
+  store {_F} %scaled, ptr %at, align 4
+  %r_next = add nuw i64 %r, {HEADS}
+  %more = icmp ult i64 %r_next, %rank
+  br i1 %more, label %part, label %head_done
+head_done:
+  %h_next = add nuw i64 %h, 1
+  %h_more = icmp ult i64 %h_next, {HEADS}
+  br i1 %h_more, label %head, label %done
+done:
+  ret void
+}}"""
+
+
+def _sequence() -> str:
+    """One sequence and sixteen heads, chunk after chunk."""
+    least = _hex_float(-3.0e38)
+    return f"""
+define internal void @sequence(ptr %queries, i64 %cache, i64 %words, i64 %block_size, ptr %blocks, i64 %length,
+                               ptr %sums, i64 %head_bytes, i64 %rank, float %scale) #0 {{
+entry:
+  %scores = alloca [{_CHUNK_TOKENS * HEADS} x float], align 64
+  %state = alloca [{3 * HEADS} x float], align 64
+  %total_at = getelementptr i8, ptr %state, i64 64
+  %shrink_at = getelementptr i8, ptr %state, i64 128
+{_splat("least", least)}
+{_splat("one", _hex_float(1.0))}
+  store {_F} %least, ptr %state, align 64
+  store {_F} zeroinitializer, ptr %total_at, align 64
+  %row_bytes = mul i64 %words, 4
+  %rank_bytes = mul i64 %rank, 4
+  %chunk_blocks = udiv i64 {_CHUNK_TOKENS}, %block_size
+  %chunk = mul i64 %chunk_blocks, %block_size
+  br label %clear
+clear:
+  %h = phi i64 [0, %entry], [%h_next, %clear]
+  %clear_off = mul i64 %h, %head_bytes
+  %clear_at = getelementptr i8, ptr %sums, i64 %clear_off
+  call void @llvm.memset.p0.i64(ptr %clear_at, i8 0, i64 %rank_bytes, i1 false)
+  %h_next = add nuw i64 %h, 1
+  %h_more = icmp ult i64 %h_next, {HEADS}
+  br i1 %h_more, label %clear, label %chunks
+chunks:
+  %token = phi i64 [0, %clear], [%token_next, %chunk_done]
+  %blocks_here = phi ptr [%blocks, %clear], [%blocks_next, %chunk_done]
+  %left = sub i64 %length, %token
+  %is_last = icmp ule i64 %left, %chunk
+  %tokens = select i1 %is_last, i64 %left, i64 %chunk
+  call void @scores(ptr %queries, i64 %cache, i64 %words, i64 %block_size, ptr %blocks_here, i64 %tokens, ptr %scores)
+  call void @softmax(ptr %scores, i64 %tokens, ptr %state, float %scale)
+  %is_first = icmp eq i64 %token, 0
+  br i1 %is_first, label %mixing, label %shrinking
+shrinking:
+  call void @rescale(ptr %sums, i64 %head_bytes, i64 %rank, ptr %shrink_at)
+  br label %mixing
+mixing:
+  br label %part
+part:
+  %r = phi i64 [0, %mixing], [%r_next, %part]
+  %sums_here = getelementptr float, ptr %sums, i64 %r
+  %cache_off = mul i64 %r, 2
+  %cache_here = add i64 %cache, %cache_off
+  call void @mix(ptr %sums_here, i64 %head_bytes, i64 %cache_here, i64 %row_bytes, i64 %block_size, ptr %blocks_here,
+                 i64 %tokens, ptr %scores)
+  %r_next = add nuw i64 %r, {HEADS}
+  %r_more = icmp ult i64 %r_next, %rank
+  br i1 %r_more, label %part, label %chunk_done
+chunk_done:
+  %token_next = add nuw i64 %token, %chunk
+  %blocks_next = getelementptr i64, ptr %blocks_here, i64 %chunk_blocks
+  %more = icmp ult i64 %token_next, %length
+  br i1 %more, label %chunks, label %finish
+finish:
+  %total = load {_F}, ptr %total_at, align 64
+  %inverse = fdiv {_F} %one, %total
+  store {_F} %inverse, ptr %shrink_at, align 64
+  call void @rescale(ptr %sums, i64 %head_bytes, i64 %rank, ptr %shrink_at)
+  ret void
+}}"""
+
+
+def _items() -> str:
+    loads = "\n".join(
+        f"  %{name}_at = getelementptr i64, ptr %arguments, i64 {index}\n  %{name} = load i64, ptr %{name}_at"
+        for index, name in enumerate(ARGUMENTS)
+    )
+    return f"""
+define internal void @items(ptr %arguments, i64 %first, i64 %step) #0 {{
+entry:
+{loads}
+  %scale_bits = trunc i64 %scale to i32
+  %factor = bitcast i32 %scale_bits to float
+  %count = mul i64 %num_sequences, %head_tiles
+  %query_bytes = mul i64 %words, {4 * HEADS}
+  %rank_bytes = mul i64 %rank, 4
+  %head_bytes = mul i64 %num_sequences, %rank_bytes
+  %tile_bytes = mul i64 %head_bytes, {HEADS}
+  %lengths_p = inttoptr i64 %lengths to ptr
+  %any = icmp ult i64 %first, %count
+  br i1 %any, label %item, label %done
+item:
+  %i = phi i64 [%first, %entry], [%i_next, %item]
+  %d = udiv i64 %i, %head_tiles
+  %t = urem i64 %i, %head_tiles
+  %query_off = mul i64 %i, %query_bytes
+  %query_i = add i64 %queries, %query_off
+  %query = inttoptr i64 %query_i to ptr
+  %table_off = mul i64 %d, %table_row
+  %table_i = add i64 %tables, %table_off
+  %table = inttoptr i64 %table_i to ptr
+  %length_at = getelementptr i64, ptr %lengths_p, i64 %d
+  %length = load i64, ptr %length_at
+  %tile_off = mul i64 %t, %tile_bytes
+  %row_off = mul i64 %d, %rank_bytes
+  %sums_i = add i64 %mixed, %tile_off
+  %sums_j = add i64 %sums_i, %row_off
+  %sums = inttoptr i64 %sums_j to ptr
+  call void @sequence(ptr %query, i64 %cache, i64 %words, i64 %block_size, ptr %table, i64 %length, ptr %sums,
+                      i64 %head_bytes, i64 %rank, float %factor)
+  %i_next = add nuw i64 %i, %step
+  %more = icmp ult i64 %i_next, %count
+  br i1 %more, label %item, label %done
+done:
+  ret void
+}}
+define void @{SERIAL}(ptr %arguments) #0 {{
+  call void @items(ptr %arguments, i64 0, i64 1)
+  ret void
+}}"""
+
+
+_ITEMS = _items()
+
+_ENTRY_PARALLEL = f"""
+declare i32 @omp_get_thread_num()
+declare i32 @omp_get_num_threads()
+define void @{PARALLEL}(ptr %arguments) #0 {{
+  %number = call i32 @omp_get_thread_num()
+  %team = call i32 @omp_get_num_threads()
+  %first = zext i32 %number to i64
+  %step = zext i32 %team to i64
+  call void @items(ptr %arguments, i64 %first, i64 %step)
+  ret void
+}}"""

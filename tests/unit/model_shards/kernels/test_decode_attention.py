@@ -1,0 +1,113 @@
+"""Compiled attention of decodes against the formula in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model_shards.kernels import decode_attention as module
+from model_shards.kernels.decode_attention import can_decode, decode_attention
+from tests.reference import relative_error
+
+SCALE = 0.07
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+needs_instructions = pytest.mark.skipif(
+    not can_decode(torch.zeros(1, 4, 24, dtype=torch.bfloat16), 16), reason="a CPU without AVX512_BF16 has no such code"
+)
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request, monkeypatch) -> int:
+    monkeypatch.setattr(module, "_WORK_OF_A_THREAD", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def paged(lengths: list[int], block_size: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A cache whose blocks lie anywhere, full of NaN past each context, and the tables."""
+    blocks = [-(-length // block_size) for length in lengths]
+    order = torch.randperm(sum(blocks) + 1, generator=torch.Generator().manual_seed(5))
+    tables = torch.zeros(len(lengths), max(blocks) + 2, dtype=torch.int64)
+    cache = random(sum(blocks) + 1, block_size, width, seed=6).bfloat16()
+    cache[order[-1]] = float("nan")  # nobody's
+    first = 0
+    for row, (length, count) in enumerate(zip(lengths, blocks, strict=True)):
+        tables[row, :count] = order[first : first + count]
+        tables[row, count:] = order[-1]
+        cache[tables[row, count - 1], (length - 1) % block_size + 1 :] = float("nan")
+        first += count
+    return cache, tables
+
+
+def exact(queries, cache, tables, lengths, rank) -> torch.Tensor:
+    out = torch.empty(*queries.shape[:2], rank, dtype=torch.float64)
+    for row, length in enumerate(lengths):
+        latents = cache[tables[row]].flatten(0, 1)[:length].double()
+        weights = (queries[:, row].bfloat16().double() @ latents.T * SCALE).softmax(-1)
+        out[:, row] = weights @ latents[:, :rank]
+    return out
+
+
+@needs_instructions
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 700), min_size=1, max_size=4),
+    block_size=st.sampled_from([1, 3, 4, 16, 100, 256]),
+    heads=st.sampled_from([1, 4, 16, 17, 40]),
+    rank=st.sampled_from([16, 48]),
+)
+def test_it_is_the_softmax_over_each_context_and_nothing_else(lengths, block_size, heads, rank) -> None:
+    cache, tables = paged(lengths, block_size, rank + 8)
+    # From scores that are all alike to ones where a single token has all the weight.
+    queries = random(heads, len(lengths), rank + 8, seed=7) * torch.logspace(-1, 2, heads)[:, None, None]
+    mixed = decode_attention(queries, cache, tables, torch.tensor(lengths), rank, SCALE)
+    assert mixed.shape == (heads, len(lengths), rank)
+    assert relative_error(mixed, exact(queries, cache, tables, lengths, rank)) < 1e-5
+
+
+@needs_instructions
+def test_threads_share_the_sequences_and_none_depends_on_another(threads) -> None:
+    lengths = [300, 1, 17, 600, 16]
+    cache, tables = paged(lengths, 16, 40)
+    queries = random(20, 5, 40, seed=7)
+    mixed = decode_attention(queries, cache, tables, torch.tensor(lengths), 32, SCALE)
+    assert relative_error(mixed, exact(queries, cache, tables, lengths, 32)) < 1e-5
+    alone = decode_attention(queries[:, 3:4].contiguous(), cache, tables[3:4], torch.tensor(lengths[3:4]), 32, SCALE)
+    assert torch.equal(alone[:, 0], mixed[:, 3])
+    cache[tables[2, 0], 5, 3] = float("nan")
+    spoiled = decode_attention(queries, cache, tables, torch.tensor(lengths), 32, SCALE)
+    assert bool(spoiled[:, 2].isnan().all())
+    others = [0, 1, 3, 4]
+    assert torch.equal(spoiled[:, others], mixed[:, others])
+
+
+@needs_instructions
+def test_scores_of_any_size_leave_a_softmax() -> None:
+    cache = torch.zeros(1, 4, 24, dtype=torch.bfloat16)
+    cache[0, :, 0] = torch.tensor([1.0, -1.0, 0.5, 1.0])
+    cache[0, :, 1] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    queries = torch.zeros(1, 1, 24)
+    queries[..., 0] = 1e20
+    mixed = decode_attention(queries, cache, torch.zeros(1, 1, dtype=torch.int64), torch.tensor([4]), 16, 1.0)
+    assert mixed[0, 0, 1].item() == pytest.approx(2.5)  # of the two that score highest, alike
+
+
+@pytest.mark.parametrize(
+    ("cache", "rank"),
+    [
+        (torch.zeros(1, 4, 24), 16),
+        (torch.zeros(1, 4, 24, dtype=torch.uint8), 16),
+        (torch.zeros(1, 4, 25, dtype=torch.bfloat16), 16),
+        (torch.zeros(1, 4, 24, dtype=torch.bfloat16), 20),
+        (torch.zeros(1, 257, 24, dtype=torch.bfloat16), 16),
+    ],
+)
+def test_what_it_does_not_serve_is_told(cache, rank) -> None:
+    assert not can_decode(cache, rank)
