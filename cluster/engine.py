@@ -15,6 +15,7 @@ import torch
 from cluster.batch_builder import build_batch
 from cluster.limits import EngineLimits, check_request
 from cluster.micro_batches import MicroBatchChooser, StepKind, kind_of
+from cluster.prefill_budget import PrefillBudget
 from cluster.request import FinishReason, GenerationRequest, ReplicaLoad, StepOutput, TokenLogprob
 from cluster.scheduler import ScheduledChunk, Scheduler, split_micro_batches
 from cluster.sequence import Sequence
@@ -87,6 +88,8 @@ class Engine:
         self._clock = clock
         self._scheduler = Scheduler(limits)
         self._chooser = MicroBatchChooser(limits.num_micro_batches) if limits.choose_micro_batches else None
+        slowdown = limits.max_decode_slowdown
+        self._prefill_budget = None if slowdown is None else PrefillBudget(slowdown)
         self._sequences: dict[str, Sequence] = {}
         self._statistics: dict[Sequence, TokenStatistics] = {}
         self._in_flight: ScheduledStep | None = None
@@ -125,7 +128,7 @@ class Engine:
         The step must be committed or abandoned before the next one is scheduled.
         """
         assert self._in_flight is None, "the last step was neither committed nor abandoned"
-        chunks = self._scheduler.schedule()
+        chunks = self._scheduler.schedule(None if self._prefill_budget is None else self._prefill_budget.tokens)
         most = self._limits.num_micro_batches
         kind = _kind_of(chunks)
         count = most if self._chooser is None or kind is None else self._chooser.choose(kind, _num_tokens(chunks))
@@ -168,6 +171,9 @@ class Engine:
         if self._chooser is not None and kind is not None:
             count = sum(batch.num_tokens > 0 for batch in step.micro_batches)
             self._chooser.observe(kind, step.num_tokens, count, sampled.seconds)
+        if self._prefill_budget is not None and step.chunks:
+            num_decodes = sum(chunk.is_decode for chunk in step.chunks)
+            self._prefill_budget.observe(num_decodes, step.num_tokens - num_decodes, sampled.seconds)
         self._scheduler.commit(step.chunks)
         for chunk in step.chunks:
             chunk.sequence.num_lost_steps = 0

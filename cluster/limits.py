@@ -19,13 +19,16 @@ class EngineLimits:
     num_blocks: int
     num_micro_batches: int  # 1 to MAX_MICRO_BATCHES
     choose_micro_batches: bool = False  # what is measured to be fastest, num_micro_batches at most
+    max_decode_slowdown: float | None = None  # a step with prefills against its decodes alone; None: no bound
     prefix_cache: bool = True  # blocks of computed tokens are kept, and shared by all that begin with the same tokens
 
     def __post_init__(self) -> None:
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if not isinstance(value, bool) and value < 1:
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 raise ConfigError(f"{entry.name} must be at least 1, got {value}")
+        if self.max_decode_slowdown is not None and not self.max_decode_slowdown > 1:
+            raise ConfigError(f"max_decode_slowdown must be above 1, got {self.max_decode_slowdown}")
         if self.num_micro_batches > MAX_MICRO_BATCHES:
             raise ConfigError(f"num_micro_batches must be 1 to {MAX_MICRO_BATCHES}, got {self.num_micro_batches}")
         if self.max_num_seqs > self.max_num_batched_tokens:

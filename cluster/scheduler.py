@@ -7,11 +7,12 @@ head of the queue; what has been evicted by then of its prompt and output is com
 
 Why nothing starves: `running` is in the order of arrival and its members are all older than those that wait. The
 oldest sequence is therefore the last to be preempted, fits into the cache alone (checked at the door), and finds at
-least one token of budget, since decodes number at most max_num_seqs <= max_num_batched_tokens, itself included.
+least one token of budget, since decodes number at most max_num_seqs <= max_num_batched_tokens, itself included, and
+what may stand beside them (`cluster.prefill_budget`) is never nothing.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 
@@ -87,14 +88,20 @@ class Scheduler:
         self._blocks.free(sequence)
         sequence.status = SequenceStatus.ENDED
 
-    def schedule(self) -> tuple[ScheduledChunk, ...]:
+    def schedule(self, most_beside: Callable[[int], int | None] | None = None) -> tuple[ScheduledChunk, ...]:
         """The next step's chunks, decodes first. Computes nothing: calling it again gives the same tokens and slots.
+
+        `most_beside` is told the number of decodes and says how many prefill tokens may stand beside them, None for no
+        bound.
 
         Allocates blocks and may preempt; neither is undone when the step is abandoned.
         """
         self._make_room()
         chunks = [_chunk(sequence, 1) for sequence in self._running if sequence.is_decoding]
         budget = self._limits.max_num_batched_tokens - len(chunks)
+        beside = None if most_beside is None else most_beside(len(chunks))
+        if beside is not None:
+            budget = min(budget, beside)
         for sequence in self._running:
             if budget > 0 and not sequence.is_decoding:
                 chunks.append(_chunk(sequence, budget))

@@ -35,6 +35,7 @@ def build_cell_spec(settings: ShoalSettings) -> CellSpec:
         num_blocks=num_blocks,
         num_micro_batches=MAX_MICRO_BATCHES if cell.micro_batches == "auto" else cell.micro_batches,
         choose_micro_batches=cell.micro_batches == "auto",
+        max_decode_slowdown=engine.max_decode_slowdown,
         prefix_cache=engine.prefix_cache,
     )
     return CellSpec(

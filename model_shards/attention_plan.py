@@ -45,6 +45,7 @@ class PrefillSpan:
     start: int
     stop: int
     slots: torch.Tensor  # [C] int64
+    block_table: torch.Tensor  # [...] int64, the sequence's blocks
 
     @property
     def context(self) -> int:
@@ -156,4 +157,4 @@ def _prefill_span(batch: AttentionBatch, sequence: int, block_size: int) -> Pref
     start, stop = batch.cu_seqlens_q[sequence], batch.cu_seqlens_q[sequence + 1]
     positions = torch.arange(batch.context_lens[sequence], device=device)  # [C]
     slots = batch.block_tables[sequence][positions // block_size] * block_size + positions % block_size
-    return PrefillSpan(start, stop, slots)
+    return PrefillSpan(start, stop, slots, batch.block_tables[sequence])

@@ -191,6 +191,14 @@ class BlockwiseAttention:
         out: torch.Tensor,  # [Q, N, V]
     ) -> None:
         absorbed = self._latent_queries(queries, up)  # [N, Q, R + O]
+        rows = kv_cache.layer(layer)
+        if can_decode(rows, self._kv_lora_rank):
+            # Each new token is one more decode, of all before it and itself.
+            tables = span.block_table.expand(queries.shape[0], -1)
+            lengths = torch.arange(span.past + 1, span.context + 1)
+            mixed = decode_attention(absorbed, rows, tables, lengths, self._kv_lora_rank, self._scale)
+            out.copy_(up.value(mixed).transpose(0, 1))
+            return
         state = RunningSoftmax.empty(self._num_heads, queries.shape[0], self._kv_lora_rank)
         for start, stop in _blocks(span):
             latents = kv_cache.read(layer, span.slots[start:stop])  # [B, R + O]

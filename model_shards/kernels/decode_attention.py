@@ -57,7 +57,9 @@ def decode_attention(
     for first in range(0, heads, HEADS):
         part = by_sequence[..., first : first + HEADS]
         packed[:, first // HEADS, :, : part.shape[2]] = part
-    block_tables, lengths, cache = block_tables.contiguous(), lengths.contiguous(), cache.contiguous()
+    assert cache.is_contiguous(), "rows lie one after another"
+    assert block_tables.stride(1) == 1, "so do the blocks of a table; tables may be the same one"
+    assert lengths.is_contiguous(), "and lengths"
     mixed = torch.empty(padded, count, rank)
     arguments = (ctypes.c_int64 * len(ARGUMENTS))(
         packed.data_ptr(),

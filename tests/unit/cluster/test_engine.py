@@ -123,6 +123,7 @@ def workloads(draw: st.DrawFn) -> Workload:
         num_blocks=num_blocks,
         num_micro_batches=draw(st.integers(1, 3)),
         choose_micro_batches=draw(st.booleans()),
+        max_decode_slowdown=draw(st.none() | st.floats(1.1, 3.0)),
         prefix_cache=draw(st.booleans()),
     )
     token = st.integers(0, FAKE_VOCAB_SIZE - 1)

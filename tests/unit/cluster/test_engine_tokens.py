@@ -28,6 +28,7 @@ def expected(tmp_path_factory):
         pytest.param(3, {"num_micro_batches": 2}, id="uneven-shards-two-micro-batches"),
         pytest.param(8, {"num_micro_batches": 3, "max_num_batched_tokens": 17, "max_num_seqs": 5}, id="small-chunks"),
         pytest.param(2, {"num_micro_batches": 3, "choose_micro_batches": True}, id="chosen-micro-batches"),
+        pytest.param(2, {"max_decode_slowdown": 1.5}, id="few-prefills-beside-decodes"),
         pytest.param(2, {"num_blocks": 16, "block_size": 8, "max_model_len": 128}, id="preempting"),
     ],
 )

@@ -56,6 +56,27 @@ def test_decodes_come_first_whatever_the_order_of_arrival() -> None:
     assert shape(scheduler.schedule()) == [("long", 10, 11, True), ("short", 1, 2, True), ("new", 0, 4, False)]
 
 
+def test_beside_decodes_stand_no_more_prefill_tokens_than_are_allowed() -> None:
+    scheduler = Scheduler(replace(LIMITS, max_num_batched_tokens=6, prefix_cache=False))
+    scheduler.add(sequence(10, name="long"))
+    asked: list[int] = []
+
+    def most_beside(num_decodes: int) -> int | None:
+        asked.append(num_decodes)
+        return 2 if num_decodes else None
+
+    first = scheduler.schedule(most_beside)
+    assert shape(first) == [("long", 0, 6, False)]
+    commit(scheduler, first)
+    commit(scheduler, scheduler.schedule(most_beside))
+    scheduler.add(sequence(9, name="new"))
+    second = scheduler.schedule(most_beside)
+    assert shape(second) == [("long", 10, 11, True), ("new", 0, 2, False)]
+    commit(scheduler, second)
+    assert shape(scheduler.schedule(most_beside)) == [("long", 11, 12, True), ("new", 2, 4, False)]
+    assert asked == [0, 0, 1, 1]
+
+
 def test_no_more_than_max_num_seqs_run_and_the_rest_waits_in_order() -> None:
     scheduler = Scheduler(LIMITS)
     for name in "abcde":
