@@ -31,6 +31,6 @@ class AttentionCore(Protocol):
 
 
 def choose_core(config: ModelConfig, device: torch.device) -> AttentionCore:
-    """float32 in blocks on a CPU, whatever the model's dtype: without bf16 instructions its products of float32 are two
-    to five times as fast (with them it was not measured). Fused kernels in the model's dtype elsewhere."""
+    """Blocks that fit its caches on a CPU, in float32 but where bfloat16 is compiled for. Fused kernels in the model's
+    dtype elsewhere."""
     return BlockwiseAttention(config) if device.type == "cpu" else FusedAttention(config)

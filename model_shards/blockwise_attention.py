@@ -1,4 +1,5 @@
-"""Attention on a CPU: float32 products over blocks that fit its caches, whatever dtype the model has.
+"""Attention on a CPU: float32 products over blocks that fit its caches, whatever dtype the model has; what is absorbed
+from a bfloat16 cache is one compiled call where the CPU multiplies bfloat16 (`model_shards.kernels.decode_attention`).
 
 Shapes: T tokens, N heads, R kv_lora_rank, P qk_nope_head_dim, O qk_rope_head_dim, V v_head_dim,
 D decodes, d those of a group, L their longest context, Q new and C context tokens of one prefill chunk, B keys of a
@@ -98,13 +99,8 @@ class BlockwiseAttention:
         """Writes the first D rows of out: the up-projections are products over all decodes, heads the batch; between
         them the heads are the rows of one product per sequence."""
         count = plan.num_decodes
-        latents = kv_cache.layer(layer)
-        if can_decode(latents, self._kv_lora_rank):
-            absorbed = self._latent_queries(queries[:count], up)
-            mixed = decode_attention(
-                absorbed, latents, plan.block_tables, plan.lengths, self._kv_lora_rank, self._scale
-            )
-            out[:count] = up.value(mixed).transpose(0, 1)
+        if can_decode(kv_cache.layer(layer), self._kv_lora_rank):
+            self._compiled(layer, queries[:count], plan.block_tables, plan.lengths, kv_cache, up, out[:count])
             return
         own = queries[:count] if plan.decode_order is None else queries[plan.decode_order]  # [D, N, P + O]
         absorbed = self._latent_queries(own, up)  # [N, D, R + O]
@@ -118,6 +114,21 @@ class BlockwiseAttention:
             out[:count] = up.value(mixed).transpose(0, 1)
         else:
             out[plan.decode_order] = up.value(mixed).transpose(0, 1)
+
+    def _compiled(
+        self,
+        layer: int,
+        queries: torch.Tensor,  # [D, N, P + O]
+        block_tables: torch.Tensor,  # [D, ...]
+        lengths: torch.Tensor,  # [D]
+        kv_cache: LatentKVCache,
+        up: UpProjections,
+        out: torch.Tensor,  # [D, N, V]
+    ) -> None:
+        absorbed = self._latent_queries(queries, up)
+        rows = kv_cache.layer(layer)
+        mixed = decode_attention(absorbed, rows, block_tables, lengths, self._kv_lora_rank, self._scale)
+        out.copy_(up.value(mixed).transpose(0, 1))
 
     def _mix(
         self, layer: int, absorbed: torch.Tensor, group: DecodeGroup, kv_cache: LatentKVCache, mixed: torch.Tensor
@@ -190,15 +201,13 @@ class BlockwiseAttention:
         up: UpProjections,
         out: torch.Tensor,  # [Q, N, V]
     ) -> None:
-        absorbed = self._latent_queries(queries, up)  # [N, Q, R + O]
-        rows = kv_cache.layer(layer)
-        if can_decode(rows, self._kv_lora_rank):
+        if can_decode(kv_cache.layer(layer), self._kv_lora_rank):
             # Each new token is one more decode, of all before it and itself.
             tables = span.block_table.expand(queries.shape[0], -1)
             lengths = torch.arange(span.past + 1, span.context + 1)
-            mixed = decode_attention(absorbed, rows, tables, lengths, self._kv_lora_rank, self._scale)
-            out.copy_(up.value(mixed).transpose(0, 1))
+            self._compiled(layer, queries, tables, lengths, kv_cache, up, out)
             return
+        absorbed = self._latent_queries(queries, up)  # [N, Q, R + O]
         state = RunningSoftmax.empty(self._num_heads, queries.shape[0], self._kv_lora_rank)
         for start, stop in _blocks(span):
             latents = kv_cache.read(layer, span.slots[start:stop])  # [B, R + O]

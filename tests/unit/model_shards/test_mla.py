@@ -114,6 +114,28 @@ def test_decodes_in_several_groups_and_blocks_equal_decodes_in_one(
         assert relative_error(run_steps(model, decodes, cache, ROUTED), together) < 1e-5
 
 
+DENSE = random_hf_model(make_hf_config(q_lora_rank=24, rope_parameters=YARN_ROPE, first_k_dense_replace=3), seed=12)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("sizes", [[90], [64, 8, 8, 10], [60] + [1] * 30])
+def test_in_bfloat16_chunks_and_decodes_give_the_whole_prompts_logits_up_to_rounding(
+    sizes: list[int], compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(blockwise_attention, "can_decode", lambda cache, rank: False)
+    model = attention_model_of(DENSE, torch.bfloat16)
+    model.lay_out()
+    tokens = random_tokens(131, 90, seed=2)
+    expected = run_steps(attention_model_of(DENSE), single_sequence_batch(tokens, 4), new_cache(23), ROUTED)
+    cache, start, parts = LatentKVCache(model.config, 23, 4, torch.bfloat16, CPU), 0, []
+    for size in sizes:
+        batch = single_sequence_batch(tokens[start:][:size], 4, start, decode=size == 1)
+        parts.append(run_steps(model, batch, cache, ROUTED))
+        start += size
+    assert relative_error(torch.cat(parts), expected) < 0.03
+
+
 def test_decodes_of_one_length_keep_their_order_and_have_no_padding() -> None:
     batch = build_batch([Chunk([1], 5, [2 * i, 2 * i + 1], decode=True) for i in range(3)], 4)
     plan = plan_attention(batch, 4)
