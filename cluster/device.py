@@ -72,7 +72,8 @@ def num_threads(topology: Topology, role: Role, num_cores: int) -> int:
 
 
 def meanwhile_threads(topology: Topology, num_cores: int) -> int:
-    """Threads of an attention rank for what it computes while the expert ranks do, on a host that has them all.
+    """Threads of an attention rank for what it computes while the expert ranks do, on a host that has them all; with
+    ranks on several hosts some cores stay idle.
 
     A thread that the others keep from its core holds up the rest of its team: with two on two cores shared experts
     took twice as long.

@@ -1,5 +1,6 @@
 """The bounds of one engine, and the rules that a request must keep to fit in them. Policy: no torch."""
 
+import math
 from dataclasses import dataclass, fields
 
 from cluster.request import GenerationRequest
@@ -27,8 +28,8 @@ class EngineLimits:
             value = getattr(self, entry.name)
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 raise ConfigError(f"{entry.name} must be at least 1, got {value}")
-        if self.max_decode_slowdown is not None and not self.max_decode_slowdown > 1:
-            raise ConfigError(f"max_decode_slowdown must be above 1, got {self.max_decode_slowdown}")
+        if self.max_decode_slowdown is not None and not 1 < self.max_decode_slowdown < math.inf:
+            raise ConfigError(f"max_decode_slowdown must be above 1 and finite, got {self.max_decode_slowdown}")
         if self.num_micro_batches > MAX_MICRO_BATCHES:
             raise ConfigError(f"num_micro_batches must be 1 to {MAX_MICRO_BATCHES}, got {self.num_micro_batches}")
         if self.max_num_seqs > self.max_num_batched_tokens:

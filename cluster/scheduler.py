@@ -7,8 +7,8 @@ head of the queue; what has been evicted by then of its prompt and output is com
 
 Why nothing starves: `running` is in the order of arrival and its members are all older than those that wait. The
 oldest sequence is therefore the last to be preempted, fits into the cache alone (checked at the door), and finds at
-least one token of budget, since decodes number at most max_num_seqs <= max_num_batched_tokens, itself included, and
-what may stand beside them (`cluster.prefill_budget`) is never nothing.
+least one token of budget, since decodes number at most max_num_seqs <= max_num_batched_tokens, itself included; where
+what may stand beside them is nothing (`cluster.prefill_budget`), it soon is not.
 """
 
 from collections import OrderedDict, deque

@@ -68,7 +68,7 @@ class EngineSettings:
     max_num_batched_tokens: Positive = 512
     # A step with prefills takes at most so many times as long as its decodes alone; null: no bound. The bound keeps
     # streams going while a long prompt comes in, which takes longer for it.
-    max_decode_slowdown: Annotated[float, Field(strict=True, gt=1)] | None = 2.0
+    max_decode_slowdown: Annotated[float, Field(strict=True, gt=1, allow_inf_nan=False)] | None = 2.0
     block_size: Positive = 16
     kv_cache_tokens: Positive | None = None  # either this
     kv_cache_memory_gb: Annotated[float, Field(strict=True, gt=0)] | None = (

@@ -52,8 +52,7 @@ class MultiHeadLatentAttention(nn.Module):
     def lay_out_up_projections(self) -> None:
         """Lays W_UK and W_UV out for all steps to come, once, after the weights were filled.
 
-        On a CPU in float32, whatever the dtype. `kv_b_proj` has no elements afterwards. Before, each call makes the
-        layout for itself.
+        `kv_b_proj` has no elements afterwards. Before, each call makes the layout for itself.
         """
         self._up = self._core.lay_out(self.kv_b_proj.weight.data)
         release(self.kv_b_proj.weight)

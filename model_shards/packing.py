@@ -66,7 +66,8 @@ def _pack_blocked(weight: torch.Tensor) -> GroupedMultiply:
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, blocked[matrix], None, "none", [], "")
         return product
 
-    return lambda x, counts: each_its_rows(x, counts, multiply)
+    num_outputs = weight.shape[1]
+    return lambda x, counts: each_its_rows(x, counts, multiply) if len(x) else x.new_empty(0, num_outputs)
 
 
 @dataclass(frozen=True)

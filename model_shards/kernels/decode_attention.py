@@ -21,8 +21,8 @@ from model_shards.kernels.decode_ir import (
 from model_shards.kernels.instructions import choose_instructions
 from model_shards.kernels.machine_code import TeamFunction
 
-# Multiplications worth a thread: some 20 us.
-_WORK_OF_A_THREAD = 2**20
+# Multiplications worth a team of threads: some 40 us of one.
+_WORK_OF_A_TEAM = 2**21
 
 
 def can_decode(cache: torch.Tensor, rank: int) -> bool:
@@ -76,7 +76,7 @@ def decode_attention(
         struct.unpack("i", struct.pack("f", scale))[0],
     )
     work = int(lengths.sum()) * width * padded
-    _code().run(arguments, min(torch.get_num_threads(), count * tiles, work // _WORK_OF_A_THREAD))
+    _code().run(arguments, torch.get_num_threads() if work >= _WORK_OF_A_TEAM else 1)
     return mixed[:heads]
 
 

@@ -21,7 +21,7 @@ from model_shards.kernels.machine_code import TeamFunction
 from model_shards.kernels.product_ir import ARGUMENTS, PARALLEL, SERIAL, product_ir
 
 # Threads are woken for no less than this much of weights to read.
-_BYTES_OF_A_THREAD = 2**17
+_BYTES_OF_A_TEAM = 2**18
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ class PackedMatrices:
         direct = out is not None and self.padded_outputs == self._num_outputs and out.stride(-1) == 1
         target = out if out is not None and direct else torch.empty(sum(counts), self.padded_outputs)
         used = sum(1 for count in counts if count)
-        threads = min(torch.get_num_threads(), self._tiles, used * self._matrix_bytes // _BYTES_OF_A_THREAD)
+        # All or one: a team that shrinks ends threads, and makes them anew when it grows.
+        threads = torch.get_num_threads() if used * self._matrix_bytes >= _BYTES_OF_A_TEAM else 1
         rows = (ctypes.c_int64 * len(counts))(*counts)
         arguments = (ctypes.c_int64 * len(ARGUMENTS))(
             *(

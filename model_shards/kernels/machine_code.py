@@ -54,9 +54,10 @@ def find_openmp() -> OpenMP | None:
     except OSError:
         return None
     loaded = {line.split(maxsplit=5)[5] for line in lines if "/libgomp" in line}
-    # torch brings its own; another package may have loaded the system's beside it.
-    own = str(Path(torch.__file__).parent.parent)
-    for path in sorted(loaded, key=lambda path: not path.startswith(own)):
+    # torch brings its own; another package may have loaded one beside it.
+    torch_directory = Path(torch.__file__).parent
+    own = (f"{torch_directory}/", f"{torch_directory}.libs/")
+    for path in sorted(loaded, key=lambda path: (not path.startswith(own), path)):
         library = ctypes.CDLL(path)
         team = {name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in _TEAM}
         return OpenMP(library, {name: address for name, address in team.items() if address is not None})

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from model_shards import attention_plan, blockwise_attention, fused_attention
 from model_shards.attention_plan import CPU_LIMITS, DEVICE_LIMITS, GroupLimits, group_by_length, plan_attention
 from model_shards.fused_attention import FusedAttention
+from model_shards.kernels.decode_attention import can_decode
 from model_shards.kv_cache import LatentKVCache
 from model_shards.model import AttentionModel
 from tests.reference import (
@@ -117,7 +118,18 @@ def test_decodes_in_several_groups_and_blocks_equal_decodes_in_one(
 DENSE = random_hf_model(make_hf_config(q_lora_rank=24, rope_parameters=YARN_ROPE, first_k_dense_replace=3), seed=12)
 
 
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(
+    "compiled",
+    [
+        False,
+        pytest.param(
+            True,
+            marks=pytest.mark.skipif(
+                not can_decode(torch.zeros(1, 4, 8, dtype=torch.bfloat16), 16), reason="a CPU without AVX512_BF16"
+            ),
+        ),
+    ],
+)
 @pytest.mark.parametrize("sizes", [[90], [64, 8, 8, 10], [60] + [1] * 30])
 def test_in_bfloat16_chunks_and_decodes_give_the_whole_prompts_logits_up_to_rounding(
     sizes: list[int], compiled: bool, monkeypatch: pytest.MonkeyPatch

@@ -23,7 +23,7 @@ needs_instructions = pytest.mark.skipif(
 
 @pytest.fixture(params=[1, 3])
 def threads(request, monkeypatch) -> int:
-    monkeypatch.setattr(module, "_WORK_OF_A_THREAD", 1)
+    monkeypatch.setattr(module, "_WORK_OF_A_TEAM", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
