@@ -75,8 +75,7 @@ def meanwhile_threads(topology: Topology, num_cores: int) -> int:
     """Threads of an attention rank for what it computes while the expert ranks do, on a host that has them all; with
     ranks on several hosts some cores stay idle.
 
-    A thread that the others keep from its core holds up the rest of its team: with two on two cores shared experts
-    took twice as long.
+    A thread that the others keep from its core holds up the rest of its team (measured in benchmarks/NOTES.md).
     """
     return max(1, num_cores // (topology.num_attention + topology.num_expert))
 

@@ -58,6 +58,11 @@ class PrefillSpan:
         return self.context - (self.stop - self.start)
 
     @cached_property
+    def visible_lengths(self) -> torch.Tensor:
+        """[Q] int64, what each new token attends to: all before it and itself."""
+        return torch.arange(self.past + 1, self.context + 1)
+
+    @cached_property
     def visible(self) -> torch.Tensor | None:
         """[Q, C] bool; None when the chunk is the whole context (plain causal). Made when first asked for, and kept."""
         if not self.past:

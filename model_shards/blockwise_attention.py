@@ -204,8 +204,7 @@ class BlockwiseAttention:
         if can_decode(kv_cache.layer(layer), self._kv_lora_rank):
             # Each new token is one more decode, of all before it and itself.
             tables = span.block_table.expand(queries.shape[0], -1)
-            lengths = torch.arange(span.past + 1, span.context + 1)
-            self._compiled(layer, queries, tables, lengths, kv_cache, up, out)
+            self._compiled(layer, queries, tables, span.visible_lengths, kv_cache, up, out)
             return
         absorbed = self._latent_queries(queries, up)  # [N, Q, R + O]
         state = RunningSoftmax.empty(self._num_heads, queries.shape[0], self._kv_lora_rank)

@@ -9,15 +9,7 @@ import struct
 
 import torch
 
-from model_shards.kernels.decode_ir import (
-    ARGUMENTS,
-    HEADS,
-    INSTRUCTIONS,
-    MAX_BLOCK_SIZE,
-    PARALLEL,
-    SERIAL,
-    decode_ir,
-)
+from model_shards.kernels.decode_ir import ARGUMENTS, HEADS, INSTRUCTIONS, MAX_BLOCK_SIZE, decode_ir
 from model_shards.kernels.instructions import choose_instructions
 from model_shards.kernels.machine_code import TeamFunction
 
@@ -27,10 +19,7 @@ _WORK_OF_A_TEAM = 2**21
 
 def can_decode(cache: torch.Tensor, rank: int) -> bool:
     """Whether `decode_attention` serves this layer of a cache, [B, block_size, R + O], on this machine."""
-    if cache.device.type != "cpu" or cache.dtype is not torch.bfloat16:
-        return False
-    chosen = choose_instructions(cache.dtype)
-    if chosen is None or chosen.arithmetic is not INSTRUCTIONS.arithmetic:
+    if cache.device.type != "cpu" or cache.dtype is not torch.bfloat16 or not _has_instructions():
         return False
     return cache.shape[1] <= MAX_BLOCK_SIZE and cache.shape[2] % 2 == 0 and rank % HEADS == 0
 
@@ -81,5 +70,12 @@ def decode_attention(
 
 
 @functools.cache
+def _has_instructions() -> bool:
+    """Asked in every layer of every step."""
+    chosen = choose_instructions(torch.bfloat16)
+    return chosen is not None and chosen.arithmetic is INSTRUCTIONS.arithmetic
+
+
+@functools.cache
 def _code() -> TeamFunction:
-    return TeamFunction(decode_ir, SERIAL, PARALLEL)
+    return TeamFunction(decode_ir())

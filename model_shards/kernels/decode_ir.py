@@ -13,7 +13,7 @@ twice, with the softmax that `model_shards.softmax_blocks` explains:
 import struct
 
 from model_shards.kernels.instructions import Arithmetic, Instructions
-from model_shards.kernels.product_ir import DECLARATIONS, tile
+from model_shards.kernels.product_ir import DECLARATIONS, load_arguments, rest_of_rows, splat, tiles
 
 HEADS = 16
 # Queries are the matrix: one register of sixteen heads, and rows are tokens.
@@ -36,28 +36,20 @@ ARGUMENTS = (
     "head_tiles",
     "scale",  # float32, as the lower four bytes
 )
-SERIAL, PARALLEL = "decode", "decode_parallel"
 MAX_BLOCK_SIZE = _CHUNK_TOKENS
 
 _F = f"<{HEADS} x float>"
 _I = f"<{HEADS} x i32>"
 
 
-def decode_ir(threads: bool) -> str:
-    """Defines SERIAL and, with `threads`, PARALLEL, as `product_ir` does."""
-    tiles = [tile(INSTRUCTIONS, rows) for rows in range(1, INSTRUCTIONS.rows + 1)]
-    parts = [DECLARATIONS, _DECLARATIONS, *tiles, _EXP, _scores(), _softmax(), _mix(), _rescale(), _sequence(), _ITEMS]
-    if threads:
-        parts.append(_ENTRY_PARALLEL)
-    return "\n".join(parts)
+def decode_ir() -> str:
+    """Defines `share` (model_shards.kernels.machine_code): pieces are sixteen heads of a sequence."""
+    functions = [_exp(), _scores(), _softmax(), _mix(), _rescale(), _sequence(), _items()]
+    return "\n".join([DECLARATIONS, _DECLARATIONS, *tiles(INSTRUCTIONS), *functions])
 
 
 def _splat(name: str, scalar: str, kind: str = "float") -> str:
-    vector = f"<{HEADS} x {kind}>"
-    return (
-        f"  %{name}_v = insertelement {vector} poison, {kind} {scalar}, i32 0\n"
-        f"  %{name} = shufflevector {vector} %{name}_v, {vector} poison, {_I} zeroinitializer"
-    )
+    return splat(name, scalar, kind, HEADS)
 
 
 _DECLARATIONS = f"""
@@ -105,16 +97,10 @@ def _exp() -> str:
     return "\n".join(lines)
 
 
-_EXP = _exp()
-
-
 def _scores() -> str:
     """Of one chunk: block after block, up to eight tokens at once."""
     most = INSTRUCTIONS.rows
     passed = "ptr %x, ptr %queries, ptr %out, i64 %words, i64 %row_bytes, i64 64, ptr null, ptr null, ptr null"
-    rest = range(1, most)
-    cases = " ".join(f"i64 {rows}, label %rest{rows}" for rows in rest)
-    rests = "\n".join(f"rest{rows}:\n  call void @tile_{rows}({passed})\n  br label %block_done" for rows in rest)
     return f"""
 define internal void @scores(ptr %queries, i64 %cache, i64 %words, i64 %block_size, ptr %blocks, i64 %tokens,
                              ptr %scores) #0 {{
@@ -149,8 +135,7 @@ full:
   %token_next = add i64 %token, {most}
   br label %rows
 rest:
-  switch i64 %left, label %block_done [ {cases} ]
-{rests}
+{rest_of_rows(INSTRUCTIONS, passed, "block_done")}
 block_done:
   %b_next = add i64 %b, 1
   %more = icmp ult i64 %end, %tokens
@@ -375,14 +360,10 @@ finish:
 
 
 def _items() -> str:
-    loads = "\n".join(
-        f"  %{name}_at = getelementptr i64, ptr %arguments, i64 {index}\n  %{name} = load i64, ptr %{name}_at"
-        for index, name in enumerate(ARGUMENTS)
-    )
     return f"""
-define internal void @items(ptr %arguments, i64 %first, i64 %step) #0 {{
+define internal void @share(ptr %arguments, i64 %first, i64 %step) #0 {{
 entry:
-{loads}
+{load_arguments(ARGUMENTS)}
   %scale_bits = trunc i64 %scale to i32
   %factor = bitcast i32 %scale_bits to float
   %count = mul i64 %num_sequences, %head_tiles
@@ -416,24 +397,5 @@ item:
   %more = icmp ult i64 %i_next, %count
   br i1 %more, label %item, label %done
 done:
-  ret void
-}}
-define void @{SERIAL}(ptr %arguments) #0 {{
-  call void @items(ptr %arguments, i64 0, i64 1)
-  ret void
-}}"""
-
-
-_ITEMS = _items()
-
-_ENTRY_PARALLEL = f"""
-declare i32 @omp_get_thread_num()
-declare i32 @omp_get_num_threads()
-define void @{PARALLEL}(ptr %arguments) #0 {{
-  %number = call i32 @omp_get_thread_num()
-  %team = call i32 @omp_get_num_threads()
-  %first = zext i32 %number to i64
-  %step = zext i32 %team to i64
-  call void @items(ptr %arguments, i64 %first, i64 %step)
   ret void
 }}"""

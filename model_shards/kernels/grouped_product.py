@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from model_shards.kernels.instructions import Arithmetic, Instructions
 from model_shards.kernels.machine_code import TeamFunction
-from model_shards.kernels.product_ir import ARGUMENTS, PARALLEL, SERIAL, product_ir
+from model_shards.kernels.product_ir import ARGUMENTS, product_ir
 
 # Threads are woken for no less than this much of weights to read.
 _BYTES_OF_A_TEAM = 2**18
@@ -128,4 +128,4 @@ class PackedMatrices:
 
 @functools.cache
 def _code(instructions: Instructions) -> TeamFunction:
-    return TeamFunction(functools.partial(product_ir, instructions), SERIAL, PARALLEL)
+    return TeamFunction(product_ir(instructions))

@@ -1,7 +1,6 @@
 """LLVM text to functions that this process can call, on one thread or on those that torch computes with."""
 
 import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,30 +8,6 @@ import llvmlite.binding as llvm
 import torch
 
 _TEAM = ("omp_get_thread_num", "omp_get_num_threads")
-
-
-class Compiled:
-    """The functions of one module; they are there as long as it is."""
-
-    def __init__(self, text: str) -> None:
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
-        openmp = find_openmp()
-        if openmp is not None:
-            for name, address in openmp.team.items():
-                llvm.add_symbol(name, address)
-        module = llvm.parse_assembly(text)
-        module.verify()
-        features = llvm.get_host_cpu_features().flatten()
-        machine = llvm.Target.from_default_triple().create_target_machine(
-            cpu=llvm.get_host_cpu_name(), features=features, opt=3, jit=True
-        )
-        self._engine = llvm.create_mcjit_compiler(module, machine)
-        self._engine.finalize_object()
-
-    def address(self, name: str) -> int:
-        """Of a function of the module."""
-        return int(self._engine.get_function_address(name))
 
 
 @dataclass(frozen=True)
@@ -64,15 +39,35 @@ def find_openmp() -> OpenMP | None:
     return None
 
 
-class TeamFunction:
-    """`void function(int64_t *arguments)`, compiled for one thread and for a team of them."""
+# The function as it is called on one thread, and by each thread of a team.
+_SERIAL = """
+define void @serial(ptr %arguments) nounwind "prefer-vector-width"="512" {
+  call void @share(ptr %arguments, i64 0, i64 1)
+  ret void
+}"""
+_PARALLEL = """
+declare i32 @omp_get_thread_num()
+declare i32 @omp_get_num_threads()
+define void @parallel(ptr %arguments) nounwind "prefer-vector-width"="512" {
+  %number = call i32 @omp_get_thread_num()
+  %count = call i32 @omp_get_num_threads()
+  %first = zext i32 %number to i64
+  %step = zext i32 %count to i64
+  call void @share(ptr %arguments, i64 %first, i64 %step)
+  ret void
+}"""
 
-    def __init__(self, text: Callable[[bool], str], serial: str, parallel: str) -> None:
-        """`text` is told whether there are teams; only then it defines `parallel`."""
+
+class TeamFunction:
+    """A function that the threads of a team share: compiled, and there as long as this is."""
+
+    def __init__(self, text: str) -> None:
+        """`text` defines `internal void @share(ptr %arguments, i64 %first, i64 %step)`: every `step`-th piece of the
+        work, from `first`."""
         self._openmp = find_openmp()
-        self._compiled = Compiled(text(self._openmp is not None))
-        self._serial = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._compiled.address(serial))
-        self._parallel = 0 if self._openmp is None else self._compiled.address(parallel)
+        self._engine = _compile(text + _SERIAL + ("" if self._openmp is None else _PARALLEL), self._openmp)
+        self._serial = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._engine.get_function_address("serial"))
+        self._parallel = 0 if self._openmp is None else int(self._engine.get_function_address("parallel"))
 
     def run(self, arguments: "ctypes.Array[ctypes.c_int64]", num_threads: int) -> None:
         """Calls it; what its arguments point at must live until then."""
@@ -81,3 +76,21 @@ class TeamFunction:
             self._serial(address)
         else:
             self._openmp.run(self._parallel, address, num_threads)
+
+
+def _compile(text: str, openmp: OpenMP | None) -> llvm.ExecutionEngine:
+    """For the CPU at hand."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    if openmp is not None:
+        for name, address in openmp.team.items():
+            llvm.add_symbol(name, address)
+    module = llvm.parse_assembly(text)
+    module.verify()
+    features = llvm.get_host_cpu_features().flatten()
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=features, opt=3, jit=True
+    )
+    engine = llvm.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    return engine

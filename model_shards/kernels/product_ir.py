@@ -7,6 +7,8 @@
 Threads take every n-th tile of each matrix. A tile is multiplied by all rows of its matrix while it lies in the cache.
 """
 
+from collections.abc import Sequence
+
 from model_shards.kernels.instructions import Arithmetic, Instructions
 
 # What a call is told, in this order: eight bytes each.
@@ -25,35 +27,42 @@ ARGUMENTS = (
     "scales",  # int8: address of [E, tiles * width] float32, of an output
     "row_scales",  # int8: address of [P] float32
 )
-SERIAL, PARALLEL = "product", "product_parallel"
 
 
-def product_ir(how: Instructions, threads: bool) -> str:
-    """Defines SERIAL, `void (int64_t *arguments)`, and with `threads` PARALLEL, the same for every thread of an OpenMP
-    team, which needs `omp_get_thread_num` and `omp_get_num_threads`."""
-    parts = [_matrices(how), *(tile(how, rows) for rows in range(1, how.rows + 1)), DECLARATIONS, _ENTRY_SERIAL]
-    if threads:
-        parts.append(_ENTRY_PARALLEL)
-    return "\n".join(parts)
+def product_ir(how: Instructions) -> str:
+    """Defines `share` (model_shards.kernels.machine_code): pieces are tiles of each matrix."""
+    return "\n".join([DECLARATIONS, *tiles(how), _matrices(how)])
 
 
-_ENTRY_SERIAL = f"""
-define void @{SERIAL}(ptr %arguments) #0 {{
-  call void @matrices(ptr %arguments, i64 0, i64 1)
-  ret void
-}}"""
+def load_arguments(names: Sequence[str]) -> str:
+    """%name of each of `%arguments`, eight bytes one after another."""
+    return "\n".join(
+        f"  %{name}_at = getelementptr i64, ptr %arguments, i64 {index}\n  %{name} = load i64, ptr %{name}_at"
+        for index, name in enumerate(names)
+    )
 
-_ENTRY_PARALLEL = f"""
-declare i32 @omp_get_thread_num()
-declare i32 @omp_get_num_threads()
-define void @{PARALLEL}(ptr %arguments) #0 {{
-  %number = call i32 @omp_get_thread_num()
-  %count = call i32 @omp_get_num_threads()
-  %first = zext i32 %number to i64
-  %step = zext i32 %count to i64
-  call void @matrices(ptr %arguments, i64 %first, i64 %step)
-  ret void
-}}"""
+
+def splat(name: str, scalar: str, kind: str, lanes: int) -> str:
+    """%name: the scalar in every lane."""
+    vector = f"<{lanes} x {kind}>"
+    return (
+        f"  %{name}_v = insertelement {vector} poison, {kind} {scalar}, i32 0\n"
+        f"  %{name} = shufflevector {vector} %{name}_v, {vector} poison, <{lanes} x i32> zeroinitializer"
+    )
+
+
+def rest_of_rows(how: Instructions, passed: str, then: str) -> str:
+    """Fewer rows than a tile has, %left of them: `tile_R` of what is `passed`, then on to the label `then`."""
+    rest = range(1, how.rows)
+    cases = " ".join(f"i64 {rows}, label %rest{rows}" for rows in rest)
+    calls = "\n".join(f"rest{rows}:\n  call void @tile_{rows}({passed})\n  br label %{then}" for rows in rest)
+    return f"  switch i64 %left, label %{then} [ {cases} ]\n{calls}"
+
+
+def tiles(how: Instructions) -> list[str]:
+    """Defines `tile_R` of every number of rows."""
+    return [_tile(how, rows) for rows in range(1, how.rows + 1)]
+
 
 DECLARATIONS = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
@@ -66,19 +75,12 @@ attributes #0 = { nounwind "prefer-vector-width"="512" }"""
 
 def _matrices(how: Instructions) -> str:
     """Over matrices, over every `step`-th tile of each from `first`, over its rows."""
-    loads = "\n".join(
-        f"  %{name}_at = getelementptr i64, ptr %arguments, i64 {index}\n  %{name} = load i64, ptr %{name}_at"
-        for index, name in enumerate(ARGUMENTS)
-    )
     passed = "ptr %x_rows, ptr %tile, ptr %out_rows, i64 %words, i64 %x_row, i64 %out_row, "
     passed += "ptr %tile_zeros, ptr %tile_scales, ptr %x_scales"
-    rest = range(1, how.rows)
-    cases = " ".join(f"i64 {rows}, label %rest{rows}" for rows in rest)
-    rests = "\n".join(f"rest{rows}:\n  call void @tile_{rows}({passed})\n  br label %tile_done" for rows in rest)
     return f"""
-define internal void @matrices(ptr %arguments, i64 %first, i64 %step) #0 {{
+define internal void @share(ptr %arguments, i64 %first, i64 %step) #0 {{
 entry:
-{loads}
+{load_arguments(ARGUMENTS)}
   %x_row = mul i64 %words, {how.word_operand_bytes}
   %outputs = mul i64 %tiles, {how.width}
   %matrix_columns = mul i64 %outputs, 4
@@ -133,8 +135,7 @@ full:
   %r_next = add i64 %r, {how.rows}
   br label %rows_of
 rest:
-  switch i64 %left, label %tile_done [ {cases} ]
-{rests}
+{rest_of_rows(how, passed, "tile_done")}
 tile_done:
   %t_next = add i64 %t, %step
   %t_more = icmp ult i64 %t_next, %tiles
@@ -149,7 +150,7 @@ done:
 }}"""
 
 
-def tile(how: Instructions, rows: int) -> str:
+def _tile(how: Instructions, rows: int) -> str:
     """`rows` rows of x times one tile."""
     lanes = how.lanes
     sums = f"<{lanes} x {'i32' if how.arithmetic is Arithmetic.INTEGER else 'float'}>"
@@ -195,12 +196,7 @@ def tile(how: Instructions, rows: int) -> str:
 
 def _spread(name: str, kind: str, lanes: int, address: str) -> list[str]:
     """%name: the value at %address in every lane."""
-    vector = f"<{lanes} x {kind}>"
-    return [
-        f"  %{name}_1 = load {kind}, ptr %{address}, align 1",
-        f"  %{name}_v = insertelement {vector} poison, {kind} %{name}_1, i32 0",
-        f"  %{name} = shufflevector {vector} %{name}_v, {vector} poison, <{lanes} x i32> zeroinitializer",
-    ]
+    return [f"  %{name}_1 = load {kind}, ptr %{address}, align 1", splat(name, f"%{name}_1", kind, lanes)]
 
 
 def _dot(how: Instructions, rows: int) -> list[str]:
@@ -222,12 +218,7 @@ def _dot(how: Instructions, rows: int) -> list[str]:
 def _widen(how: Instructions, rows: int) -> list[str]:
     lanes = how.lanes
     floats, words = f"<{lanes} x float>", f"<{lanes} x i32>"
-    lines = [
-        f"  %sixteen_v = insertelement {words} poison, i32 16, i32 0",
-        f"  %sixteen = shufflevector {words} %sixteen_v, {words} poison, {words} zeroinitializer",
-        f"  %upper_v = insertelement {words} poison, i32 -65536, i32 0",
-        f"  %upper = shufflevector {words} %upper_v, {words} poison, {words} zeroinitializer",
-    ]
+    lines = [splat("sixteen", "16", "i32", lanes), splat("upper", "-65536", "i32", lanes)]
     for v in range(how.vectors):
         lines += [
             f"  %even{v}_i = shl {words} %w{v}, %sixteen",

@@ -452,6 +452,8 @@ def test_a_running_request_id_is_refused() -> None:
     ("changes", "rule"),
     [
         ({"block_size": 0}, "block_size must be at least 1, got 0"),
+        ({"max_decode_slowdown": 1.0}, "max_decode_slowdown must be above 1 and finite, got 1.0"),
+        ({"max_decode_slowdown": float("inf")}, "max_decode_slowdown must be above 1 and finite, got inf"),
         ({"num_micro_batches": 4}, "num_micro_batches must be 1 to 3, got 4"),
         ({"max_num_seqs": 9}, "max_num_seqs must not exceed max_num_batched_tokens, got 9 sequences and 8"),
     ],

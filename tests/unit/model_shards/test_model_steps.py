@@ -101,6 +101,39 @@ def test_it_yields_once_per_moe_layer_between_dispatch_and_combine() -> None:
     assert log[-1] == "C(l2,0)"
 
 
+def test_what_is_computed_meanwhile_has_its_own_number_of_threads(monkeypatch) -> None:
+    reference = random_hf_model(make_hf_config(), seed=24)
+    model = attention_model_of(reference)
+    model.limit_meanwhile(2)
+    seen: list[int] = []
+
+    def shared(hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        if len(seen) > 2:
+            raise RuntimeError("fails meanwhile")
+        return torch.zeros_like(hidden)
+
+    for layer in model.model.decoder_layers[1:]:
+        monkeypatch.setattr(layer.mlp.shared_experts, "forward", shared)
+    routed = ShardExperts(expert_shard_of(reference))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        run_steps(model, single_sequence_batch([5, 6], 4), new_cache(), routed)
+        assert torch.get_num_threads() == 3
+        with pytest.raises(RuntimeError, match="fails meanwhile"):
+            run_steps(model, single_sequence_batch([5, 6], 4), new_cache(), routed)
+        assert torch.get_num_threads() == 3
+        torch.set_num_threads(1)
+        seen.pop()
+        seen.pop()
+        with pytest.raises(RuntimeError, match="fails meanwhile"):
+            run_steps(model, single_sequence_batch([5, 6], 4), new_cache(), routed)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [2, 1, 1]  # at most, and never more than there are
+
+
 def test_micro_batches_interleave_in_the_documented_order_and_keep_their_results() -> None:
     reference = random_hf_model(make_hf_config(), seed=25)
     model = attention_model_of(reference)
