@@ -63,11 +63,30 @@ class BlockwiseAttention:
             self._decode(layer, queries, plan, kv_cache, up, out)
         for span in plan.prefills:
             tokens = slice(span.start, span.stop)
-            if self._absorbing_is_less(span.stop - span.start, span.context):
-                self._absorbed(layer, queries[tokens], span, kv_cache, up, out[tokens])
-            else:
-                self._expanded(layer, queries[tokens], span, kv_cache, up, out[tokens])
+            self._attend_span(layer, queries[tokens], span, kv_cache, up, out[tokens])
         return out
+
+    def attend_span(
+        self, layer: int, queries: torch.Tensor, span: PrefillSpan, kv_cache: LatentKVCache, up: UpProjections
+    ) -> torch.Tensor:
+        """`attend` of one chunk: queries [Q, N, P + O] -> [Q, N, V]."""
+        out = queries.new_empty((queries.shape[0], self._num_heads, self._v_dim))
+        self._attend_span(layer, queries, span, kv_cache, up, out)
+        return out
+
+    def _attend_span(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        span: PrefillSpan,
+        kv_cache: LatentKVCache,
+        up: UpProjections,
+        out: torch.Tensor,
+    ) -> None:
+        if self._absorbing_is_less(span.stop - span.start, span.context):
+            self._absorbed(layer, queries, span, kv_cache, up, out)
+        else:
+            self._expanded(layer, queries, span, kv_cache, up, out)
 
     def _absorbing_is_less(self, new: int, context: int) -> bool:
         """Multiplications of a head: taking the queries to the latents, against expanding the context."""
@@ -125,10 +144,12 @@ class BlockwiseAttention:
         up: UpProjections,
         out: torch.Tensor,  # [D, N, V]
     ) -> None:
-        absorbed = self._latent_queries(queries, up)
-        rows = kv_cache.layer(layer)
-        mixed = decode_attention(absorbed, rows, block_tables, lengths, self._kv_lora_rank, self._scale)
-        out.copy_(up.value(mixed).transpose(0, 1))
+        absorbed = self._latent_queries(queries, up)[..., : self._kv_lora_rank]  # [N, D, R]
+        latent_queries = absorbed.transpose(0, 1).to(torch.bfloat16, memory_format=torch.contiguous_format)
+        rope_queries = queries[..., self._nope_dim :].bfloat16()
+        cache = kv_cache.layer(layer)
+        mixed = decode_attention(latent_queries, rope_queries, cache, block_tables, lengths, self._scale)
+        out.copy_(up.value(mixed.transpose(0, 1).float()).transpose(0, 1))
 
     def _mix(
         self, layer: int, absorbed: torch.Tensor, group: DecodeGroup, kv_cache: LatentKVCache, mixed: torch.Tensor

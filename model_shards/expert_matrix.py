@@ -10,8 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model_shards.kernels.grouped_product import PackedMatrices
 from model_shards.linear import frozen_parameter, release
-from model_shards.packing import GroupedMultiply, choose_packing, each_its_rows, pack_int8
+from model_shards.packing import (
+    GroupedMultiply,
+    PackedInt8,
+    choose_packing,
+    each_its_rows,
+    pack_int8,
+    program_instructions,
+)
 from model_shards.quantization import SCALE_SUFFIX, Quantization
 
 
@@ -54,6 +62,18 @@ class ExpertMatrix(GroupedMatrix, nn.Module):
                 release(parameter)
         return laid_out
 
+    def pack(self) -> PackedMatrices | PackedInt8 | None:
+        """As `lay_out`, for compiled programs; None, and nothing has happened, where there are none for it."""
+        packed = self._packed()
+        if packed is not None:
+            for parameter in self.parameters():
+                release(parameter)
+        return packed
+
+    def _packed(self) -> PackedMatrices | PackedInt8 | None:
+        instructions = program_instructions(self.weight.dtype, self.weight.device)
+        return None if instructions is None else PackedMatrices(self.weight.data, instructions)
+
     def _laid_out(self) -> GroupedMatrix:
         packing = choose_packing(self.weight.dtype, self.weight.device)
         return self if packing is None else _LaidOut(packing.operand, packing.pack(self.weight.data))
@@ -95,6 +115,12 @@ class QuantizedExpertMatrix(ExpertMatrix):
             return self
         multiply = pack_int8(self.weight.data, self.scale_inv.data)
         return self if multiply is None else _LaidOut(self._dtype, multiply)
+
+    def _packed(self) -> PackedMatrices | PackedInt8 | None:
+        instructions = program_instructions(self.weight.dtype, self.weight.device)
+        if instructions is None or self._dtype is not torch.bfloat16:
+            return None
+        return PackedInt8(self.weight.data, self.scale_inv.data, instructions)
 
     def _widened(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
         return F.linear(rows, self.weight[expert].to(rows.dtype)).float() * self.scale_inv[expert]

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model_shards.compiled.experts import CompiledExperts, LayerMatrices, serves
 from model_shards.config import ModelConfig
 from model_shards.expert_matrix import GroupedMatrix, make_expert_matrix
 from model_shards.quantization import Quantization
@@ -45,6 +46,15 @@ class ExpertLayer(nn.Module):
         gate_up = self.gate_up_proj.lay_out()
         self._matrices = (gate_up, self.down_proj.lay_out())
 
+    def pack(self) -> LayerMatrices | None:
+        """As `lay_out`, for compiled programs; None, and nothing has happened, where there are none."""
+        gate_up = self.gate_up_proj.pack()
+        if gate_up is None:
+            return None
+        down = self.down_proj.pack()
+        assert down is not None, "both are of one dtype"
+        return LayerMatrices(gate_up, down)
+
     def forward(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """SwiGLU of all experts, [P, H] -> [P, H] in rows' dtype or a wider one.
 
@@ -72,9 +82,11 @@ class ExpertShardModel(nn.Module):
     ) -> None:
         super().__init__()
         self.experts = experts
+        self._hidden_size = config.hidden_size
         self.moe_intermediate_size = config.moe_intermediate_size
         self.moe_layers = config.moe_layers
         self._index_of_layer = {layer: index for index, layer in enumerate(config.moe_layers)}
+        self._compiled: CompiledExperts | None = None
         self.layers = nn.ModuleList(
             ExpertLayer(config, len(experts), dtype, device, quantization) for _ in config.moe_layers
         )
@@ -90,6 +102,8 @@ class ExpertShardModel(nn.Module):
         Returns [R, H] in hidden's dtype, summed in float32 in the order of the slots, so equal input gives equal
         output whatever the device. R may be 0.
         """
+        if self._compiled is not None:
+            return self._compiled.forward(self._index_of_layer[layer], hidden, local_ids, weights)
         num_rows, top_k = local_ids.shape
         flat_ids = local_ids.flatten()  # [R * K]
         # Forced host sync: the sizes of the products depend on the routing.
@@ -108,8 +122,21 @@ class ExpertShardModel(nn.Module):
 
     def lay_out(self) -> None:
         """Lays every matrix out for this device, once, after it was filled; `hf_slices` is of no use then."""
+        self._compiled = self._compile()
+        if self._compiled is None:
+            for layer in self.moe_layers:
+                self._layer(layer).lay_out()
+
+    def _compile(self) -> CompiledExperts | None:
+        if not serves(self._hidden_size, self.moe_intermediate_size):
+            return None
+        packed: list[LayerMatrices] = []
         for layer in self.moe_layers:
-            self._layer(layer).lay_out()
+            matrices = self._layer(layer).pack()
+            if matrices is None:
+                return None
+            packed.append(matrices)
+        return CompiledExperts(len(self.experts), self._hidden_size, self.moe_intermediate_size, packed)
 
     def hf_slices(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face tensor name, writable view) for every tensor of this shard; scales have their weight's name

@@ -16,6 +16,8 @@ from torch import nn
 
 from model_shards.attention_plan import plan_attention
 from model_shards.batch import AttentionBatch
+from model_shards.compiled.layer import pack_layer, serves
+from model_shards.compiled.layers import CompiledLayers
 from model_shards.config import ModelConfig
 from model_shards.kv_cache import LatentKVCache
 from model_shards.linear import FrozenLinear, frozen_parameter
@@ -23,6 +25,7 @@ from model_shards.mla import MultiHeadLatentAttention
 from model_shards.mlp import MLP
 from model_shards.moe import MoE
 from model_shards.norm import RMSNorm
+from model_shards.packing import program_instructions
 from model_shards.rope import RotaryEmbedding
 from model_shards.routed import RoutedExperts
 
@@ -73,6 +76,7 @@ class AttentionModel(nn.Module):
         super().__init__()
         self.config = config
         self.model = DecoderStack(config, dtype, device)
+        self._compiled: CompiledLayers | None = None
         self.lm_head: FrozenLinear | None = None
         if not config.tie_word_embeddings:
             self.lm_head = FrozenLinear(config.hidden_size, config.vocab_size, dtype, device)
@@ -89,6 +93,9 @@ class AttentionModel(nn.Module):
         plan = plan_attention(batch, kv_cache.block_size)
         rotary: torch.Tensor = self.model.rotary(batch.positions)
         hidden: torch.Tensor = self.model.embed_tokens(batch.token_ids)  # [T, H]
+        if self._compiled is not None:
+            normed = yield from self._compiled.steps(batch, hidden, rotary, plan, kv_cache, routed)
+            return self._logits(normed[batch.logits_indices])
         for index, layer in enumerate(self.model.decoder_layers):
             normed = layer.input_layernorm(hidden)
             hidden = hidden + layer.self_attn(index, normed, rotary, batch.slot_mapping, plan, kv_cache)
@@ -99,7 +106,7 @@ class AttentionModel(nn.Module):
                 hidden = hidden + away.wait()
             else:
                 hidden = hidden + layer.mlp(normed)
-        return self._logits(hidden[batch.logits_indices])
+        return self._logits(self.model.norm(hidden[batch.logits_indices]))
 
     def hf_slices(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face tensor name, writable tensor) for every tensor of an attention rank.
@@ -111,22 +118,45 @@ class AttentionModel(nn.Module):
 
     def lay_out(self) -> None:
         """Lays the matrices out for this device, once, after they were filled; `hf_slices` is of no use then."""
-        for layer in self.model.decoder_layers:
-            layer.self_attn.lay_out_up_projections()
+        self._compiled = self._compile()
+        if self._compiled is None:
+            for layer in self.model.decoder_layers:
+                layer.self_attn.lay_out_up_projections()
         for name, module in self.named_modules():
-            # Attention took W_UK and W_UV apart.
-            if isinstance(module, FrozenLinear) and not name.endswith("kv_b_proj"):
+            # Attention took W_UK and W_UV apart, and programs all but the logits' matrix.
+            taken = name.endswith("kv_b_proj") if self._compiled is None else name != "lm_head"
+            if isinstance(module, FrozenLinear) and not taken:
                 module.lay_out()
+
+    def _compile(self) -> CompiledLayers | None:
+        """The layers as programs, which take their matrices over; None where there are none for them."""
+        weight = self.model.embed_tokens.weight
+        instructions = program_instructions(weight.dtype, weight.device)
+        if instructions is None or not serves(self.config, instructions):
+            return None
+        layers = [
+            pack_layer(
+                self.config,
+                layer.input_layernorm,
+                layer.self_attn,
+                layer.post_attention_layernorm,
+                layer.mlp,
+                instructions,
+            )
+            for layer in self.model.decoder_layers
+        ]
+        return CompiledLayers(self.config, layers, self.model.norm)
 
     def limit_meanwhile(self, num_threads: int) -> None:
         """On a CPU, computes what it computes while its tokens are away with at most so many threads."""
+        if self._compiled is not None:
+            self._compiled.meanwhile_threads = num_threads
         for layer in self.model.decoder_layers:
             if isinstance(layer.mlp, MoE):
                 layer.mlp.meanwhile_threads = num_threads
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, H] -> [R, V] float32."""
-        normed = self.model.norm(hidden)
+    def _logits(self, normed: torch.Tensor) -> torch.Tensor:
+        """[R, H], behind the last norm -> [R, V] float32."""
         if self.lm_head is None:
             return F.linear(normed, self.model.embed_tokens.weight).float()
         return self.lm_head.product(normed).float()

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 
 from model_shards.kernels.grouped_product import PackedMatrices, Scaling
-from model_shards.kernels.instructions import choose_instructions
-from model_shards.quantization import Quantization, row_scales
+from model_shards.kernels.instructions import Arithmetic, Instructions, choose_instructions
+from model_shards.quantization import ZERO_POINT, Quantization, row_scales
 
 # Rows that oneDNN is told to lay the matrix out for: a decode batch's.
 _TYPICAL_ROWS = 32
@@ -42,12 +42,28 @@ def choose_packing(dtype: torch.dtype, device: torch.device) -> Packing | None:
     """How matrices of `dtype` are laid out on this machine's `device`; None: as they lie."""
     if device.type != "cpu" or dtype is not torch.bfloat16:
         return None
-    if torch.cpu.get_capabilities().get("amx_bf16"):
+    if _has_amx(dtype):
         return Packing(torch.bfloat16, _pack_blocked)
     instructions = choose_instructions(dtype)
     if instructions is None:
         return None
     return Packing(instructions.operand_dtype, lambda weight: PackedMatrices(weight, instructions).multiply)
+
+
+def program_instructions(dtype: torch.dtype, device: torch.device) -> Instructions | None:
+    """What products of matrices of `dtype` use within compiled programs; None: there are none of them.
+
+    Programs hand rows of bfloat16, or of 8 bits, from product to product.
+    """
+    if device.type != "cpu" or _has_amx(dtype):
+        return None
+    instructions = choose_instructions(dtype)
+    return None if instructions is None or instructions.arithmetic is Arithmetic.WIDEN else instructions
+
+
+def _has_amx(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has the faster instructions."""
+    return bool(torch.cpu.get_capabilities().get("amx_int8" if dtype is torch.int8 else "amx_bf16"))
 
 
 def each_its_rows(
@@ -78,10 +94,6 @@ class QuantizedActivations:
     scale: torch.Tensor  # [P, 1] float32
 
 
-# CPUs multiply unsigned by signed.
-ZERO_POINT = 128
-
-
 def quantize_activations(x: torch.Tensor) -> QuantizedActivations:
     """Each row of x [P, I] by itself, symmetric. A row that is not finite gives a scale that is not."""
     wide = x.float()
@@ -96,22 +108,34 @@ def pack_int8(weight: torch.Tensor, scale_inv: torch.Tensor) -> GroupedMultiply 
     """
     if weight.device.type != "cpu":
         return None
-    if torch.cpu.get_capabilities().get("amx_int8"):
+    if _has_amx(torch.int8):
         return _pack_int8_blocked(weight, scale_inv)
     instructions = choose_instructions(weight.dtype)
     if instructions is None:
         return None
-    packed = PackedMatrices(weight, instructions)
-    missing = packed.padded_outputs - weight.shape[1]
-    # What ZERO_POINT in place of 0 adds to each output. Of widths that are served it stays far inside of 32 bits.
-    zero_sums = torch.nn.functional.pad(weight.sum(-1, dtype=torch.int32) * ZERO_POINT, (0, missing))
-    scales = torch.nn.functional.pad(scale_inv, (0, missing))
+    packed = PackedInt8(weight, scale_inv, instructions)
 
     def multiply(x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         quantized = quantize_activations(x)
-        return packed.multiply_scaled(quantized.values, counts, Scaling(zero_sums, scales, quantized.scale))
+        return packed.matrices.multiply_scaled(quantized.values, counts, packed.scaling(quantized.scale))
 
     return multiply
+
+
+class PackedInt8:
+    """Matrices of 8 bits with what their products are scaled by."""
+
+    def __init__(self, weight: torch.Tensor, scale_inv: torch.Tensor, instructions: Instructions) -> None:
+        """Copies W [E, O, I] int8 and scales [E, O] float32."""
+        self.matrices = PackedMatrices(weight, instructions)
+        missing = self.matrices.padded_outputs - weight.shape[1]
+        # What ZERO_POINT in place of 0 adds to each output. Of widths that are served it stays far inside of 32 bits.
+        self._zero_sums = torch.nn.functional.pad(weight.sum(-1, dtype=torch.int32) * ZERO_POINT, (0, missing))
+        self._scales = torch.nn.functional.pad(scale_inv, (0, missing))
+
+    def scaling(self, row_scales: torch.Tensor) -> Scaling:
+        """For rows of these scales, [P] or [P, 1] float32."""
+        return Scaling(self._zero_sums, self._scales, row_scales)
 
 
 def _pack_int8_blocked(weight: torch.Tensor, scale_inv: torch.Tensor) -> GroupedMultiply:

@@ -14,6 +14,10 @@ from enum import StrEnum
 import torch
 
 SCALE_SUFFIX = "_scale_inv"
+# The smallest normal float32: what a row of zeros is divided by.
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+# Activations are quantized as int8 weights are, and stored above this: CPUs multiply unsigned by signed.
+ZERO_POINT = 128
 
 
 class Quantization(StrEnum):
@@ -57,7 +61,7 @@ def row_scales(wide: torch.Tensor, largest: int) -> torch.Tensor:
     Not finite for a row that is not, and for that row alone.
     """
     # A row of zeros, or of subnormals: the smallest normal scale gives zeros, and no division by zero.
-    return (wide.abs().amax(-1, keepdim=True) / largest).clamp_min(torch.finfo(torch.float32).tiny)
+    return (wide.abs().amax(-1, keepdim=True) / largest).clamp_min(SMALLEST_SCALE)
 
 
 def nearest_values(scaled: torch.Tensor, quantization: Quantization) -> torch.Tensor:

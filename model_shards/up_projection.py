@@ -63,19 +63,19 @@ class PackedUpProjections:
 
     def __init__(self, dense: DenseUpProjections, instructions: Instructions) -> None:
         self._operand = instructions.operand_dtype
-        self._absorb = PackedMatrices(dense.w_uk.transpose(1, 2), instructions)
-        self._keys = PackedMatrices(dense.w_uk, instructions)
-        self._values = PackedMatrices(dense.w_uv.transpose(1, 2), instructions)
+        self.absorbing = PackedMatrices(dense.w_uk.transpose(1, 2), instructions)  # N of [R, P]
+        self._keys = PackedMatrices(dense.w_uk, instructions)  # N of [P, R]
+        self.valuing = PackedMatrices(dense.w_uv.transpose(1, 2), instructions)  # N of [V, R]
 
     def absorb(self, q_nope: torch.Tensor, out: torch.Tensor) -> None:
         """See `UpProjections`."""
         heads, rows, _ = q_nope.shape
-        self._absorb.multiply(self._rows(q_nope), (rows,) * heads, out.flatten(0, 1))
+        self.absorbing.multiply(self._rows(q_nope), (rows,) * heads, out.flatten(0, 1))
 
     def value(self, mixed: torch.Tensor) -> torch.Tensor:
         """See `UpProjections`."""
         heads, rows, _ = mixed.shape
-        return self._values.multiply(self._rows(mixed), (rows,) * heads).view(heads, rows, -1)
+        return self.valuing.multiply(self._rows(mixed), (rows,) * heads).view(heads, rows, -1)
 
     def expand_keys(self, kv_c: torch.Tensor, heads: slice, out: torch.Tensor) -> None:
         """See `UpProjections`."""
@@ -83,7 +83,7 @@ class PackedUpProjections:
 
     def expand_values(self, kv_c: torch.Tensor, heads: slice, out: torch.Tensor) -> None:
         """See `UpProjections`."""
-        self._values.multiply_each(kv_c.to(self._operand), heads, out.flatten(0, 1))
+        self.valuing.multiply_each(kv_c.to(self._operand), heads, out.flatten(0, 1))
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
         """[N, D, ...] -> [N * D, ...]."""

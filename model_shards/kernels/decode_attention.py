@@ -5,13 +5,13 @@ Shapes: D decodes, N heads, R kv_lora_rank, O qk_rope_head_dim, B blocks of the 
 
 import ctypes
 import functools
-import struct
 
 import torch
 
 from model_shards.kernels.decode_ir import ARGUMENTS, HEADS, INSTRUCTIONS, MAX_BLOCK_SIZE, decode_ir
 from model_shards.kernels.instructions import choose_instructions
 from model_shards.kernels.machine_code import TeamFunction
+from model_shards.kernels.program import Call, float_bits
 
 # Multiplications worth a team of threads: some 40 us of one.
 _WORK_OF_A_TEAM = 2**21
@@ -25,48 +25,66 @@ def can_decode(cache: torch.Tensor, rank: int) -> bool:
 
 
 def decode_attention(
-    queries: torch.Tensor,  # [N, D, R + O] float32
+    latent_queries: torch.Tensor,  # [D, N, R] bfloat16
+    rope_queries: torch.Tensor,  # [D, N, O] bfloat16, whose rows may lie apart
     cache: torch.Tensor,  # [B, block_size, R + O] bfloat16
     block_tables: torch.Tensor,  # [D, ...] int64
     lengths: torch.Tensor,  # [D] int64, of the contexts
-    rank: int,
     scale: float,
 ) -> torch.Tensor:
-    """softmax(scale * q.c) c over the first R elements of each context's latents: [N, D, R] float32.
+    """softmax(scale * q.c) c over the first R elements of each context's latents: [D, N, R] bfloat16.
 
-    Queries are rounded to bfloat16; all that follows is float32.
+    All between is float32.
     """
-    heads, count, width = queries.shape
-    tiles = -(-heads // HEADS)
-    padded = tiles * HEADS
-    words = torch.zeros if padded != heads else torch.empty
-    # [D, tiles, words, HEADS]: a word of two elements as one number
-    packed = words(count, tiles, width // 2, HEADS, dtype=torch.int32)
-    by_sequence = queries.to(torch.bfloat16).view(torch.int32).permute(1, 2, 0)  # [D, words, N]
-    for first in range(0, heads, HEADS):
-        part = by_sequence[..., first : first + HEADS]
-        packed[:, first // HEADS, :, : part.shape[2]] = part
-    assert cache.is_contiguous(), "rows lie one after another"
-    assert block_tables.stride(1) == 1, "so do the blocks of a table; tables may be the same one"
-    assert lengths.is_contiguous(), "and lengths"
-    mixed = torch.empty(padded, count, rank)
-    arguments = (ctypes.c_int64 * len(ARGUMENTS))(
-        packed.data_ptr(),
-        cache.data_ptr(),
-        width // 2,
-        cache.shape[1],
-        block_tables.data_ptr(),
-        8 * block_tables.stride(0),
-        lengths.data_ptr(),
-        mixed.data_ptr(),
-        rank,
-        count,
-        tiles,
-        struct.unpack("i", struct.pack("f", scale))[0],
+    assert latent_queries.is_contiguous(), "heads lie one after another"
+    count, _, rank = latent_queries.shape
+    mixed = torch.empty_like(latent_queries)
+    number = ctypes.c_int64(count)
+    call = Call(
+        decode_code(),
+        ARGUMENTS,
+        sequences=ctypes.addressof(number),
+        latent_queries=latent_queries.data_ptr(),
+        rope_queries=rope_queries.data_ptr(),
+        rope_head=2 * rope_queries.stride(1),
+        rope_sequence=2 * rope_queries.stride(0),
+        mixed=mixed.data_ptr(),
+        rank=rank,
+        heads=latent_queries.shape[1],
+        scale=float_bits(scale),
+        **cache_arguments(cache),
+        **table_arguments(block_tables, lengths),
     )
-    work = int(lengths.sum()) * width * padded
-    _code().run(arguments, torch.get_num_threads() if work >= _WORK_OF_A_TEAM else 1)
-    return mixed[:heads]
+    call.run(decode_threads(int(lengths.sum()) * cache.shape[2] * latent_queries.shape[1]))
+    return mixed
+
+
+def cache_arguments(cache: torch.Tensor) -> dict[str, int]:
+    """Those that say where one layer of a cache lies."""
+    assert cache.is_contiguous(), "rows lie one after another"
+    return {"cache": cache.data_ptr(), "words": cache.shape[2] // 2, "block_size": cache.shape[1]}
+
+
+def table_arguments(block_tables: torch.Tensor, lengths: torch.Tensor) -> dict[str, int]:
+    """Those that say which rows of it a sequence has."""
+    assert block_tables.stride(1) == 1, "blocks of a table lie one after another; tables may be the same one"
+    assert lengths.is_contiguous(), "and lengths"
+    return {
+        "tables": block_tables.data_ptr(),
+        "table_row": 8 * block_tables.stride(0),
+        "lengths": lengths.data_ptr(),
+    }
+
+
+def decode_threads(work: int) -> int:
+    """Threads for so many products of two numbers."""
+    return torch.get_num_threads() if work >= _WORK_OF_A_TEAM else 1
+
+
+@functools.cache
+def decode_code() -> TeamFunction:
+    """Of the calls whose arguments are `decode_ir.ARGUMENTS`."""
+    return TeamFunction(decode_ir())
 
 
 @functools.cache
@@ -74,8 +92,3 @@ def _has_instructions() -> bool:
     """Asked in every layer of every step."""
     chosen = choose_instructions(torch.bfloat16)
     return chosen is not None and chosen.arithmetic is INSTRUCTIONS.arithmetic
-
-
-@functools.cache
-def _code() -> TeamFunction:
-    return TeamFunction(decode_ir())

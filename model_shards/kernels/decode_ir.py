@@ -1,11 +1,13 @@
 """The text of attention from one new token to a paged cache of bfloat16 latents, in LLVM's intermediate representation.
 
-Shapes: D sequences, L tokens of a context, W words of a latent (two elements each), R kv_lora_rank.
+Shapes: D sequences, L tokens of a context, W words of a latent (two elements each), N heads, R kv_lora_rank,
+O qk_rope_head_dim.
 
 Sixteen heads of one sequence at a time, a head a lane. Tokens come in chunks that stay in the cache while they are read
 twice, with the softmax that `model_shards.softmax_blocks` explains:
 
-    scores [tokens, 16]    latent rows times the queries, packed as a matrix of 16 outputs (product_ir's tiles)
+    queries [W, 16]        word by word, a matrix of 16 outputs for product_ir's tiles
+    scores [tokens, 16]    latent rows times the queries
     p                      exp(scale * (scores - largest)), sixteen heads in one register
     mixed [16, R]          each element of a latent times p of sixteen heads
 """
@@ -23,17 +25,20 @@ _CHUNK_TOKENS = 256
 
 # What a call is told, in this order: eight bytes each.
 ARGUMENTS = (
-    "queries",  # address of bfloat16 [D, head tiles, W, 16, 2]
+    "sequences",  # address of D
+    "latent_queries",  # address of bfloat16 [D, N, R]
+    "rope_queries",  # address of the first head's O numbers, bfloat16
+    "rope_head",  # bytes from head to head
+    "rope_sequence",  # bytes from sequence to sequence
     "cache",  # address of one layer's first row
     "words",  # W
     "block_size",  # tokens; at most _CHUNK_TOKENS
     "tables",  # address of int64 [D, ...], a sequence's blocks
     "table_row",  # bytes from sequence to sequence
     "lengths",  # address of int64 [D], L of each
-    "mixed",  # address of float32 [head tiles * 16, D, R]
+    "mixed",  # address of bfloat16 [D, N, R]
     "rank",  # R, a multiple of 16
-    "num_sequences",  # D
-    "head_tiles",
+    "heads",  # N
     "scale",  # float32, as the lower four bytes
 )
 MAX_BLOCK_SIZE = _CHUNK_TOKENS
@@ -44,7 +49,7 @@ _I = f"<{HEADS} x i32>"
 
 def decode_ir() -> str:
     """Defines `share` (model_shards.kernels.machine_code): pieces are sixteen heads of a sequence."""
-    functions = [_exp(), _scores(), _softmax(), _mix(), _rescale(), _sequence(), _items()]
+    functions = [_exp(), _pack(), _scores(), _softmax(), _mix(), _rescale(), _finish(), _sequence(), _items()]
     return "\n".join([DECLARATIONS, _DECLARATIONS, *tiles(INSTRUCTIONS), *functions])
 
 
@@ -95,6 +100,37 @@ def _exp() -> str:
     ]
     lines += [f"  %y = fmul {_F} %p0, %power", f"  ret {_F} %y", "}"]
     return "\n".join(lines)
+
+
+def _pack() -> str:
+    """Words of up to sixteen heads that lie apart, into one column of [words, 16] each."""
+    return f"""
+define internal void @pack(ptr %from, i64 %head_bytes, i64 %heads, i64 %words, ptr %packed) #0 {{
+entry:
+  br label %head
+head:
+  %h = phi i64 [0, %entry], [%h_next, %head_done]
+  %from_off = mul i64 %h, %head_bytes
+  %from_head = getelementptr i8, ptr %from, i64 %from_off
+  %column = getelementptr i32, ptr %packed, i64 %h
+  br label %word
+word:
+  %w = phi i64 [0, %head], [%w_next, %word]
+  %word_at = getelementptr i32, ptr %from_head, i64 %w
+  %value = load i32, ptr %word_at, align 2
+  %place = mul i64 %w, {HEADS}
+  %to = getelementptr i32, ptr %column, i64 %place
+  store i32 %value, ptr %to, align 4
+  %w_next = add nuw i64 %w, 1
+  %more = icmp ult i64 %w_next, %words
+  br i1 %more, label %word, label %head_done
+head_done:
+  %h_next = add nuw i64 %h, 1
+  %h_more = icmp ult i64 %h_next, %heads
+  br i1 %h_more, label %head, label %done
+done:
+  ret void
+}}"""
 
 
 def _scores() -> str:
@@ -292,15 +328,55 @@ done:
 }}"""
 
 
+def _finish() -> str:
+    """The sums of each head times its factor, rounded to bfloat16, to where they are wanted: heads lie together."""
+    return f"""
+define internal void @finish(ptr %sums, i64 %rank, ptr %factors, i64 %heads, ptr %out) #0 {{
+entry:
+  br label %head
+head:
+  %h = phi i64 [0, %entry], [%h_next, %head_done]
+  %factor_at = getelementptr float, ptr %factors, i64 %h
+  %factor = load float, ptr %factor_at
+{_splat("factors_of", "%factor")}
+  %first = mul i64 %h, %rank
+  %sums_of = getelementptr float, ptr %sums, i64 %first
+  %out_of = getelementptr i16, ptr %out, i64 %first
+  br label %part
+part:
+  %r = phi i64 [0, %head], [%r_next, %part]
+  %at = getelementptr float, ptr %sums_of, i64 %r
+  %value = load {_F}, ptr %at, align 4
+  %scaled = fmul {_F} %value, %factors_of
+  %narrow = call <{HEADS} x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512({_F} %scaled)
+  %to = getelementptr i16, ptr %out_of, i64 %r
+  store <{HEADS} x bfloat> %narrow, ptr %to, align 2
+  %r_next = add nuw i64 %r, {HEADS}
+  %more = icmp ult i64 %r_next, %rank
+  br i1 %more, label %part, label %head_done
+head_done:
+  %h_next = add nuw i64 %h, 1
+  %h_more = icmp ult i64 %h_next, %heads
+  br i1 %h_more, label %head, label %done
+done:
+  ret void
+}}"""
+
+
 def _sequence() -> str:
-    """One sequence and sixteen heads, chunk after chunk."""
+    """One sequence and up to sixteen heads, chunk after chunk."""
     least = _hex_float(-3.0e38)
     return f"""
-define internal void @sequence(ptr %queries, i64 %cache, i64 %words, i64 %block_size, ptr %blocks, i64 %length,
-                               ptr %sums, i64 %head_bytes, i64 %rank, float %scale) #0 {{
+define internal void @sequence(ptr %latent_queries, ptr %rope_queries, i64 %rope_head, i64 %heads, i64 %cache,
+                               i64 %words, i64 %block_size, ptr %blocks, i64 %length, ptr %mixed, i64 %rank,
+                               float %scale) noinline #0 {{
 entry:
   %scores = alloca [{_CHUNK_TOKENS * HEADS} x float], align 64
   %state = alloca [{3 * HEADS} x float], align 64
+  %packed_words = mul i64 %words, {HEADS}
+  %queries = alloca i32, i64 %packed_words, align 64
+  %numbers = mul i64 %rank, {HEADS}
+  %sums = alloca float, i64 %numbers, align 64
   %total_at = getelementptr i8, ptr %state, i64 64
   %shrink_at = getelementptr i8, ptr %state, i64 128
 {_splat("least", least)}
@@ -308,21 +384,24 @@ entry:
   store {_F} %least, ptr %state, align 64
   store {_F} zeroinitializer, ptr %total_at, align 64
   %row_bytes = mul i64 %words, 4
-  %rank_bytes = mul i64 %rank, 4
+  %rank_words = udiv i64 %rank, 2
+  %rope_words = sub i64 %words, %rank_words
+  %latent_head = mul i64 %rank, 2
+  %head_bytes = mul i64 %rank, 4
+  %sums_bytes = mul i64 %head_bytes, {HEADS}
+  %packed_bytes = mul i64 %packed_words, 4
+  %rope_place = mul i64 %rank_words, {HEADS}
+  %packed_rope = getelementptr i32, ptr %queries, i64 %rope_place
+  call void @llvm.memset.p0.i64(ptr %queries, i8 0, i64 %packed_bytes, i1 false)
+  call void @pack(ptr %latent_queries, i64 %latent_head, i64 %heads, i64 %rank_words, ptr %queries)
+  call void @pack(ptr %rope_queries, i64 %rope_head, i64 %heads, i64 %rope_words, ptr %packed_rope)
+  call void @llvm.memset.p0.i64(ptr %sums, i8 0, i64 %sums_bytes, i1 false)
   %chunk_blocks = udiv i64 {_CHUNK_TOKENS}, %block_size
   %chunk = mul i64 %chunk_blocks, %block_size
-  br label %clear
-clear:
-  %h = phi i64 [0, %entry], [%h_next, %clear]
-  %clear_off = mul i64 %h, %head_bytes
-  %clear_at = getelementptr i8, ptr %sums, i64 %clear_off
-  call void @llvm.memset.p0.i64(ptr %clear_at, i8 0, i64 %rank_bytes, i1 false)
-  %h_next = add nuw i64 %h, 1
-  %h_more = icmp ult i64 %h_next, {HEADS}
-  br i1 %h_more, label %clear, label %chunks
+  br label %chunks
 chunks:
-  %token = phi i64 [0, %clear], [%token_next, %chunk_done]
-  %blocks_here = phi ptr [%blocks, %clear], [%blocks_next, %chunk_done]
+  %token = phi i64 [0, %entry], [%token_next, %chunk_done]
+  %blocks_here = phi ptr [%blocks, %entry], [%blocks_next, %chunk_done]
   %left = sub i64 %length, %token
   %is_last = icmp ule i64 %left, %chunk
   %tokens = select i1 %is_last, i64 %left, i64 %chunk
@@ -354,23 +433,25 @@ finish:
   %total = load {_F}, ptr %total_at, align 64
   %inverse = fdiv {_F} %one, %total
   store {_F} %inverse, ptr %shrink_at, align 64
-  call void @rescale(ptr %sums, i64 %head_bytes, i64 %rank, ptr %shrink_at)
+  call void @finish(ptr %sums, i64 %rank, ptr %shrink_at, i64 %heads, ptr %mixed)
   ret void
 }}"""
 
 
 def _items() -> str:
     return f"""
-define internal void @share(ptr %arguments, i64 %first, i64 %step) #0 {{
+define void @share(ptr %arguments, i64 %first, i64 %step) #0 {{
 entry:
 {load_arguments(ARGUMENTS)}
   %scale_bits = trunc i64 %scale to i32
   %factor = bitcast i32 %scale_bits to float
+  %sequences_p = inttoptr i64 %sequences to ptr
+  %num_sequences = load i64, ptr %sequences_p
+  %heads_up = add i64 %heads, {HEADS - 1}
+  %head_tiles = udiv i64 %heads_up, {HEADS}
   %count = mul i64 %num_sequences, %head_tiles
-  %query_bytes = mul i64 %words, {4 * HEADS}
-  %rank_bytes = mul i64 %rank, 4
-  %head_bytes = mul i64 %num_sequences, %rank_bytes
-  %tile_bytes = mul i64 %head_bytes, {HEADS}
+  %head_bytes = mul i64 %rank, 2
+  %sequence_bytes = mul i64 %head_bytes, %heads
   %lengths_p = inttoptr i64 %lengths to ptr
   %any = icmp ult i64 %first, %count
   br i1 %any, label %item, label %done
@@ -378,21 +459,29 @@ item:
   %i = phi i64 [%first, %entry], [%i_next, %item]
   %d = udiv i64 %i, %head_tiles
   %t = urem i64 %i, %head_tiles
-  %query_off = mul i64 %i, %query_bytes
-  %query_i = add i64 %queries, %query_off
-  %query = inttoptr i64 %query_i to ptr
+  %head = mul i64 %t, {HEADS}
+  %heads_left = sub i64 %heads, %head
+  %is_whole = icmp ugt i64 %heads_left, {HEADS}
+  %heads_here = select i1 %is_whole, i64 {HEADS}, i64 %heads_left
+  %sequence_off = mul i64 %d, %sequence_bytes
+  %head_off = mul i64 %head, %head_bytes
+  %place = add i64 %sequence_off, %head_off
+  %latent_i = add i64 %latent_queries, %place
+  %latent = inttoptr i64 %latent_i to ptr
+  %out_i = add i64 %mixed, %place
+  %out = inttoptr i64 %out_i to ptr
+  %rope_off = mul i64 %d, %rope_sequence
+  %rope_head_off = mul i64 %head, %rope_head
+  %rope_j = add i64 %rope_queries, %rope_off
+  %rope_i = add i64 %rope_j, %rope_head_off
+  %rope = inttoptr i64 %rope_i to ptr
   %table_off = mul i64 %d, %table_row
   %table_i = add i64 %tables, %table_off
   %table = inttoptr i64 %table_i to ptr
   %length_at = getelementptr i64, ptr %lengths_p, i64 %d
   %length = load i64, ptr %length_at
-  %tile_off = mul i64 %t, %tile_bytes
-  %row_off = mul i64 %d, %rank_bytes
-  %sums_i = add i64 %mixed, %tile_off
-  %sums_j = add i64 %sums_i, %row_off
-  %sums = inttoptr i64 %sums_j to ptr
-  call void @sequence(ptr %query, i64 %cache, i64 %words, i64 %block_size, ptr %table, i64 %length, ptr %sums,
-                      i64 %head_bytes, i64 %rank, float %factor)
+  call void @sequence(ptr %latent, ptr %rope, i64 %rope_head, i64 %heads_here, i64 %cache, i64 %words,
+                      i64 %block_size, ptr %table, i64 %length, ptr %out, i64 %rank, float %factor)
   %i_next = add nuw i64 %i, %step
   %more = icmp ult i64 %i_next, %count
   br i1 %more, label %item, label %done

@@ -11,7 +11,7 @@ outputs. What is added in rounding up is zeros.
 import ctypes
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from model_shards.kernels.instructions import Arithmetic, Instructions
 from model_shards.kernels.machine_code import TeamFunction
 from model_shards.kernels.product_ir import ARGUMENTS, product_ir
+from model_shards.kernels.program import Call
 
 # Threads are woken for no less than this much of weights to read.
 _BYTES_OF_A_TEAM = 2**18
@@ -33,16 +34,30 @@ class Scaling:
     row_scales: torch.Tensor  # [P] or [P, 1] float32
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of a product lie in memory."""
+
+    address: int  # of the first matrix's first row
+    row: int  # bytes from row to row
+    matrix: int = 0  # bytes from a matrix's first row to the next one's, beside the rows that lie between
+    apart: bool = True  # a matrix's rows come after those of the matrices before
+
+    @staticmethod
+    def of(rows: torch.Tensor) -> "Rows":
+        """All rows of [P, ...], one after another."""
+        return Rows(rows.data_ptr(), rows.stride(0) * rows.element_size())
+
+
 class PackedMatrices:
     """E matrices, laid out. For x of `instructions.operand_dtype`."""
 
     def __init__(self, weight: torch.Tensor, instructions: Instructions) -> None:
         """Copies weight [E, O, I] of `instructions.weight_dtype`."""
         self._how = instructions
-        self._num_outputs, self._num_inputs = weight.shape[1:]
-        self._tiles = -(-self._num_outputs // instructions.width)
+        self.num_outputs, self._num_inputs = weight.shape[1:]
+        self._tiles = -(-self.num_outputs // instructions.width)
         self._words = -(-self._num_inputs // instructions.word_inputs)
-        self._code = _code(instructions)
         self._packed = self._lay_out(weight)
 
     @property
@@ -82,34 +97,66 @@ class PackedMatrices:
         missing = self._words * self._how.word_inputs - self._num_inputs
         x = F.pad(x, (0, missing)) if missing else x.contiguous()
         # Whole tiles are written: past O there must be room that nobody uses.
-        direct = out is not None and self.padded_outputs == self._num_outputs and out.stride(-1) == 1
+        direct = out is not None and self.padded_outputs == self.num_outputs and out.stride(-1) == 1
         target = out if out is not None and direct else torch.empty(sum(counts), self.padded_outputs)
         used = sum(1 for count in counts if count)
         # All or one: a team that shrinks ends threads, and makes them anew when it grows.
         threads = torch.get_num_threads() if used * self._matrix_bytes >= _BYTES_OF_A_TEAM else 1
         rows = (ctypes.c_int64 * len(counts))(*counts)
-        arguments = (ctypes.c_int64 * len(ARGUMENTS))(
-            *(
-                x.data_ptr(),
-                0 if shared else 1,
-                target.data_ptr(),
-                4 * target.stride(0),
-                self._packed.data_ptr() + first * self._matrix_bytes,
-                self._matrix_bytes,
-                ctypes.addressof(rows),
-                len(counts),
-                self._words,
-                self._tiles,
-                0 if scaling is None else scaling.zero_sums.data_ptr(),
-                0 if scaling is None else scaling.scales.data_ptr(),
-                0 if scaling is None else scaling.row_scales.data_ptr(),
-            )
+        call = self.call(
+            replace(Rows.of(x), apart=not shared),
+            Rows.of(target),
+            ctypes.addressof(rows),
+            matrices=slice(first, first + len(counts)),
+            scaling=scaling,
         )
-        self._code.run(arguments, threads)
+        call.run(threads)
         if direct:
             return target
-        product = target if self.padded_outputs == self._num_outputs else target[:, : self._num_outputs]
-        return product if out is None else out[:, : self._num_outputs].copy_(product)
+        product = target if self.padded_outputs == self.num_outputs else target[:, : self.num_outputs]
+        return product if out is None else out[:, : self.num_outputs].copy_(product)
+
+    def call(
+        self,
+        x: Rows,
+        out: Rows,
+        counts: int,
+        matrices: slice = slice(None),
+        narrow: bool = False,
+        scaling: Scaling | None = None,
+    ) -> Call:
+        """The product as a part of a program: `counts` is the address of one int64 for each of these matrices.
+
+        Rows of `out` have room for `padded_outputs` numbers, float32 or, narrow, bfloat16. What `scaling` holds and
+        these matrices must live as long as the call.
+        """
+        first, stop, _ = matrices.indices(len(self._packed))
+        return Call(
+            _code(self._how, narrow),
+            ARGUMENTS,
+            x=x.address,
+            x_row=x.row,
+            x_matrix=x.matrix,
+            x_apart=int(x.apart),
+            out=out.address,
+            out_row=out.row,
+            out_matrix=out.matrix,
+            out_apart=int(out.apart),
+            weights=self._packed.data_ptr() + first * self._matrix_bytes,
+            matrix_bytes=self._matrix_bytes,
+            counts=counts,
+            num_matrices=stop - first,
+            words=self._words,
+            tiles=self._tiles,
+            zero_sums=0 if scaling is None else scaling.zero_sums.data_ptr(),
+            scales=0 if scaling is None else scaling.scales.data_ptr(),
+            row_scales=0 if scaling is None else scaling.row_scales.data_ptr(),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all matrices."""
+        return self._packed.nbytes
 
     @property
     def _matrix_bytes(self) -> int:
@@ -118,7 +165,7 @@ class PackedMatrices:
     def _lay_out(self, weight: torch.Tensor) -> torch.Tensor:
         how = self._how
         packed = torch.empty(weight.shape[0], self._tiles, self._words, how.width, dtype=torch.int32)
-        missing = (0, self._words * how.word_inputs - self._num_inputs, 0, self.padded_outputs - self._num_outputs)
+        missing = (0, self._words * how.word_inputs - self._num_inputs, 0, self.padded_outputs - self.num_outputs)
         for matrix, place in zip(weight, packed, strict=True):
             whole = F.pad(matrix, missing) if any(missing) else matrix.contiguous()
             # [tiles, width, words]: a word as one number
@@ -127,5 +174,5 @@ class PackedMatrices:
 
 
 @functools.cache
-def _code(instructions: Instructions) -> TeamFunction:
-    return TeamFunction(product_ir(instructions))
+def _code(instructions: Instructions, narrow: bool) -> TeamFunction:
+    return TeamFunction(product_ir(instructions, narrow))

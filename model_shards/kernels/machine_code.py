@@ -7,7 +7,7 @@ from pathlib import Path
 import llvmlite.binding as llvm
 import torch
 
-_TEAM = ("omp_get_thread_num", "omp_get_num_threads")
+_TEAM = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,13 @@ class TeamFunction:
     """A function that the threads of a team share: compiled, and there as long as this is."""
 
     def __init__(self, text: str) -> None:
-        """`text` defines `internal void @share(ptr %arguments, i64 %first, i64 %step)`: every `step`-th piece of the
-        work, from `first`."""
+        """`text` defines `void @share(ptr %arguments, i64 %first, i64 %step)`: every `step`-th piece of the work, from
+        `first`."""
         self._openmp = find_openmp()
         self._engine = _compile(text + _SERIAL + ("" if self._openmp is None else _PARALLEL), self._openmp)
         self._serial = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._engine.get_function_address("serial"))
         self._parallel = 0 if self._openmp is None else int(self._engine.get_function_address("parallel"))
+        self.share = int(self._engine.get_function_address("share"))  # its address
 
     def run(self, arguments: "ctypes.Array[ctypes.c_int64]", num_threads: int) -> None:
         """Calls it; what its arguments point at must live until then."""
@@ -91,6 +92,8 @@ def _compile(text: str, openmp: OpenMP | None) -> llvm.ExecutionEngine:
     machine = llvm.Target.from_default_triple().create_target_machine(
         cpu=llvm.get_host_cpu_name(), features=features, opt=3, jit=True
     )
+    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
+    passes.getModulePassManager().run(module, passes)
     engine = llvm.create_mcjit_compiler(module, machine)
     engine.finalize_object()
     return engine

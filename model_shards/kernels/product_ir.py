@@ -13,10 +13,14 @@ from model_shards.kernels.instructions import Arithmetic, Instructions
 
 # What a call is told, in this order: eight bytes each.
 ARGUMENTS = (
-    "x",  # address of [P, words * word_operand_bytes]
-    "x_apart",  # 1: each matrix has rows of its own; 0: all have the same, the first ones
-    "out",  # address of float32 [P, ...], of whose rows the first tiles * width are written
+    "x",  # address of rows of words * word_operand_bytes
+    "x_row",  # bytes from row to row
+    "x_matrix",  # bytes from a matrix's first row to the next one's, beside the rows that `apart` counts
+    "x_apart",  # 1: a matrix's rows come after those of the matrices before; 0: they begin where those do
+    "out",  # address of rows of which the first tiles * width numbers are written: float32, or bfloat16 when narrow
     "out_row",  # bytes from row to row
+    "out_matrix",  # as x_matrix
+    "out_apart",  # as x_apart
     "weights",  # address of the first matrix
     "matrix_bytes",
     "counts",  # address of E numbers of rows
@@ -29,9 +33,12 @@ ARGUMENTS = (
 )
 
 
-def product_ir(how: Instructions) -> str:
-    """Defines `share` (model_shards.kernels.machine_code): pieces are tiles of each matrix."""
-    return "\n".join([DECLARATIONS, *tiles(how), _matrices(how)])
+def product_ir(how: Instructions, narrow: bool = False) -> str:
+    """Defines `share` (model_shards.kernels.machine_code): pieces are tiles of each matrix.
+
+    Narrow: what is written is rounded to bfloat16; only of DOT.
+    """
+    return "\n".join([DECLARATIONS, *tiles(how, narrow), _matrices(how, narrow)])
 
 
 def load_arguments(names: Sequence[str]) -> str:
@@ -59,13 +66,14 @@ def rest_of_rows(how: Instructions, passed: str, then: str) -> str:
     return f"  switch i64 %left, label %{then} [ {cases} ]\n{calls}"
 
 
-def tiles(how: Instructions) -> list[str]:
+def tiles(how: Instructions, narrow: bool = False) -> list[str]:
     """Defines `tile_R` of every number of rows."""
-    return [_tile(how, rows) for rows in range(1, how.rows + 1)]
+    return [_tile(how, rows, narrow) for rows in range(1, how.rows + 1)]
 
 
 DECLARATIONS = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+declare <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float>)
 declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <16 x i32>, <16 x i32>)
 declare <8 x i32> @llvm.x86.avx512.vpdpbusd.256(<8 x i32>, <8 x i32>, <8 x i32>)
 declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
@@ -73,15 +81,14 @@ declare <8 x float> @llvm.fma.v8f32(<8 x float>, <8 x float>, <8 x float>)
 attributes #0 = { nounwind "prefer-vector-width"="512" }"""
 
 
-def _matrices(how: Instructions) -> str:
+def _matrices(how: Instructions, narrow: bool) -> str:
     """Over matrices, over every `step`-th tile of each from `first`, over its rows."""
     passed = "ptr %x_rows, ptr %tile, ptr %out_rows, i64 %words, i64 %x_row, i64 %out_row, "
     passed += "ptr %tile_zeros, ptr %tile_scales, ptr %x_scales"
     return f"""
-define internal void @share(ptr %arguments, i64 %first, i64 %step) #0 {{
+define void @share(ptr %arguments, i64 %first, i64 %step) #0 {{
 entry:
 {load_arguments(ARGUMENTS)}
-  %x_row = mul i64 %words, {how.word_operand_bytes}
   %outputs = mul i64 %tiles, {how.width}
   %matrix_columns = mul i64 %outputs, 4
   %tile_bytes = mul i64 %words, {4 * how.width}
@@ -111,6 +118,11 @@ tile_of:
   %tile_zeros = inttoptr i64 %tile_zeros_i to ptr
   %tile_scales_i = add i64 %scales_e, %column_off
   %tile_scales = inttoptr i64 %tile_scales_i to ptr
+  %x_off_e = mul i64 %e, %x_matrix
+  %x_e = add i64 %x, %x_off_e
+  %out_off_e = mul i64 %e, %out_matrix
+  %out_e = add i64 %out, %out_off_e
+  %out_column = mul i64 %t, {(2 if narrow else 4) * how.width}
   br label %rows_of
 rows_of:
   %r = phi i64 [0, %tile_of], [%r_next, %full]
@@ -118,11 +130,13 @@ rows_of:
   %x_first = mul i64 %row, %x_apart
   %x_p = add i64 %x_first, %r
   %x_off = mul i64 %x_p, %x_row
-  %x_i = add i64 %x, %x_off
+  %x_i = add i64 %x_e, %x_off
   %x_rows = inttoptr i64 %x_i to ptr
-  %out_off = mul i64 %p, %out_row
-  %out_i = add i64 %out, %out_off
-  %out_j = add i64 %out_i, %column_off
+  %out_first = mul i64 %row, %out_apart
+  %out_p = add i64 %out_first, %r
+  %out_off = mul i64 %out_p, %out_row
+  %out_i = add i64 %out_e, %out_off
+  %out_j = add i64 %out_i, %out_column
   %out_rows = inttoptr i64 %out_j to ptr
   %x_scales_off = mul i64 %p, 4
   %x_scales_i = add i64 %row_scales, %x_scales_off
@@ -150,7 +164,7 @@ done:
 }}"""
 
 
-def _tile(how: Instructions, rows: int) -> str:
+def _tile(how: Instructions, rows: int, narrow: bool) -> str:
     """`rows` rows of x times one tile."""
     lanes = how.lanes
     sums = f"<{lanes} x {'i32' if how.arithmetic is Arithmetic.INTEGER else 'float'}>"
@@ -186,12 +200,26 @@ def _tile(how: Instructions, rows: int) -> str:
     if how.arithmetic is Arithmetic.INTEGER:
         lines += _scaled(how, rows)
     for row, vector in pairs:
+        if narrow:
+            lines += _narrowed(how, row, vector)
+            continue
         value = "y" if how.arithmetic is Arithmetic.INTEGER else "n"
         lines += [
             f"  %op{row}_{vector} = getelementptr i8, ptr %o{row}, i64 {4 * lanes * vector}",
             f"  store <{lanes} x float> %{value}{row}_{vector}, ptr %op{row}_{vector}, align 4",
         ]
     return "\n".join([*lines, "  ret void", "}"])
+
+
+def _narrowed(how: Instructions, row: int, vector: int) -> list[str]:
+    at = f"{row}_{vector}"
+    halves = f"<{how.lanes} x bfloat>"
+    convert = f"@llvm.x86.avx512bf16.cvtneps2bf16.{32 * how.lanes}"
+    return [
+        f"  %b{at} = call {halves} {convert}(<{how.lanes} x float> %n{at})",
+        f"  %op{at} = getelementptr i8, ptr %o{row}, i64 {2 * how.lanes * vector}",
+        f"  store {halves} %b{at}, ptr %op{at}, align 2",
+    ]
 
 
 def _spread(name: str, kind: str, lanes: int, address: str) -> list[str]:

@@ -50,9 +50,17 @@ def exact(queries, cache, tables, lengths, rank) -> torch.Tensor:
     out = torch.empty(*queries.shape[:2], rank, dtype=torch.float64)
     for row, length in enumerate(lengths):
         latents = cache[tables[row]].flatten(0, 1)[:length].double()
-        weights = (queries[:, row].bfloat16().double() @ latents.T * SCALE).softmax(-1)
-        out[:, row] = weights @ latents[:, :rank]
+        weights = (queries[row].double() @ latents.T * SCALE).softmax(-1)
+        out[row] = weights @ latents[:, :rank]
     return out
+
+
+def attend(queries, cache, tables, lengths, rank, scale: float = SCALE) -> torch.Tensor:
+    """Of queries [D, N, R + O], of which the last elements lie in a tensor of other strides."""
+    apart = torch.full((*queries.shape[:2], queries.shape[2] - rank + 6), 3.0, dtype=torch.bfloat16)
+    apart[..., 6:] = queries[..., rank:]
+    latent = queries[..., :rank].contiguous()
+    return decode_attention(latent, apart[..., 6:], cache, tables, torch.tensor(lengths), scale)
 
 
 @needs_instructions
@@ -66,26 +74,28 @@ def exact(queries, cache, tables, lengths, rank) -> torch.Tensor:
 def test_it_is_the_softmax_over_each_context_and_nothing_else(lengths, block_size, heads, rank) -> None:
     cache, tables = paged(lengths, block_size, rank + 8)
     # From scores that are all alike to ones where a single token has all the weight.
-    queries = random(heads, len(lengths), rank + 8, seed=7) * torch.logspace(-1, 2, heads)[:, None, None]
-    mixed = decode_attention(queries, cache, tables, torch.tensor(lengths), rank, SCALE)
-    assert mixed.shape == (heads, len(lengths), rank)
-    assert relative_error(mixed, exact(queries, cache, tables, lengths, rank)) < 1e-5
+    queries = (random(len(lengths), heads, rank + 8, seed=7) * torch.logspace(-1, 2, heads)[:, None]).bfloat16()
+    mixed = attend(queries, cache, tables, lengths, rank)
+    assert mixed.shape == (len(lengths), heads, rank)
+    # Off by its own rounding to bfloat16, element by element, and by that of nothing else.
+    expected = exact(queries, cache, tables, lengths, rank)
+    assert bool(((mixed.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-4).all())
 
 
 @needs_instructions
 def test_threads_share_the_sequences_and_none_depends_on_another(threads) -> None:
     lengths = [300, 1, 17, 600, 16]
     cache, tables = paged(lengths, 16, 40)
-    queries = random(20, 5, 40, seed=7)
-    mixed = decode_attention(queries, cache, tables, torch.tensor(lengths), 32, SCALE)
-    assert relative_error(mixed, exact(queries, cache, tables, lengths, 32)) < 1e-5
-    alone = decode_attention(queries[:, 3:4].contiguous(), cache, tables[3:4], torch.tensor(lengths[3:4]), 32, SCALE)
-    assert torch.equal(alone[:, 0], mixed[:, 3])
+    queries = random(5, 20, 40, seed=7).bfloat16()
+    mixed = attend(queries, cache, tables, lengths, 32)
+    assert relative_error(mixed, exact(queries, cache, tables, lengths, 32)) < 2e-3
+    alone = attend(queries[3:4], cache, tables[3:4], lengths[3:4], 32)
+    assert torch.equal(alone[0], mixed[3])
     cache[tables[2, 0], 5, 3] = float("nan")
-    spoiled = decode_attention(queries, cache, tables, torch.tensor(lengths), 32, SCALE)
-    assert bool(spoiled[:, 2].isnan().all())
+    spoiled = attend(queries, cache, tables, lengths, 32)
+    assert bool(spoiled[2].isnan().all())
     others = [0, 1, 3, 4]
-    assert torch.equal(spoiled[:, others], mixed[:, others])
+    assert torch.equal(spoiled[others], mixed[others])
 
 
 @needs_instructions
@@ -93,9 +103,9 @@ def test_scores_of_any_size_leave_a_softmax() -> None:
     cache = torch.zeros(1, 4, 24, dtype=torch.bfloat16)
     cache[0, :, 0] = torch.tensor([1.0, -1.0, 0.5, 1.0])
     cache[0, :, 1] = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    queries = torch.zeros(1, 1, 24)
+    queries = torch.zeros(1, 1, 24, dtype=torch.bfloat16)
     queries[..., 0] = 1e20
-    mixed = decode_attention(queries, cache, torch.zeros(1, 1, dtype=torch.int64), torch.tensor([4]), 16, 1.0)
+    mixed = attend(queries, cache, torch.zeros(1, 1, dtype=torch.int64), [4], 16, scale=1.0)
     assert mixed[0, 0, 1].item() == pytest.approx(2.5)  # of the two that score highest, alike
 
 

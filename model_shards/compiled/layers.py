@@ -1,0 +1,121 @@
+"""All layers of an attention rank as programs (model_shards.compiled.lane), around the exchanges with the experts.
+
+Shapes: T tokens of one micro-batch, H hidden size.
+"""
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+
+from model_shards.attention_plan import AttentionPlan
+from model_shards.batch import AttentionBatch
+from model_shards.blockwise_attention import BlockwiseAttention
+from model_shards.compiled.lane import Lane
+from model_shards.compiled.layer import LayerWeights
+from model_shards.config import ModelConfig
+from model_shards.kv_cache import LatentKVCache
+from model_shards.norm import RMSNorm
+from model_shards.rope import apply_rotary
+from model_shards.routed import RoutedExperts
+
+# Threads are woken for no less than this much of a layer's weights.
+_BYTES_OF_A_TEAM = 2**18
+
+
+class CompiledLayers:
+    """What `model_shards.model.DecoderStack` computes between the embedding and the logits."""
+
+    def __init__(self, config: ModelConfig, layers: Sequence[LayerWeights], last_norm: RMSNorm) -> None:
+        self.meanwhile_threads: int | None = None  # most threads while the routed experts compute
+        self._config = config
+        self._layers = layers
+        self._last_norm = last_norm
+        self._core = BlockwiseAttention(config)
+        self._uses_team = layers[0].first.nbytes + layers[0].output.nbytes >= _BYTES_OF_A_TEAM
+        self._free: list[Lane] = []
+
+    def steps(
+        self,
+        batch: AttentionBatch,
+        embedded: torch.Tensor,  # [T, H]
+        rotary: torch.Tensor,  # [T, O / 2] complex64
+        plan: AttentionPlan,
+        kv_cache: LatentKVCache,
+        routed: RoutedExperts,
+    ) -> Generator[None, None, torch.Tensor]:
+        """One micro-batch: see `AttentionModel.forward_steps`. Returns [T, H], behind the last norm; a copy."""
+        with self._lane() as lane:
+            lane.begin(batch, embedded, rotary, plan, kv_cache)
+            for index, layer in enumerate(self._layers):
+                self._attention(lane, index, rotary, batch, plan, kv_cache)
+                if layer.gate is None:
+                    lane.mlp(index, self._threads())
+                    continue
+                ids, weights = lane.rows("expert_ids"), lane.rows("expert_weights")
+                pending = routed.dispatch(index, lane.rows("normed"), ids, weights)
+                lane.mlp(index, self._threads(self.meanwhile_threads))
+                yield
+                summed = pending.wait()
+                lane.add_routed(index + 1, summed)
+            return lane.finish(self._threads()).clone()
+
+    def _attention(
+        self,
+        lane: Lane,
+        index: int,
+        rotary: torch.Tensor,
+        batch: AttentionBatch,
+        plan: AttentionPlan,
+        kv_cache: LatentKVCache,
+    ) -> None:
+        """From the residual to what the experts read."""
+        threads = self._threads()
+        if lane.writes_cache and not plan.prefills:
+            lane.whole(index, threads)
+            return
+        lane.enter(index, threads)
+        config = self._config
+        heads, value_dim = config.num_attention_heads, config.v_head_dim
+        queries = lane.rows("queries").view(-1, heads, config.qk_nope_head_dim + config.qk_rope_head_dim)
+        attended = lane.rows("attended").view(-1, heads, value_dim)
+        up = self._layers[index].up
+        if lane.writes_cache:
+            if plan.num_decodes:
+                lane.attend(index, threads)
+            for span in plan.prefills:
+                tokens = slice(span.start, span.stop)
+                attended[tokens] = self._core.attend_span(index, queries[tokens].float(), span, kv_cache, up)
+        else:
+            self._write_latents(lane, index, rotary, batch, kv_cache)
+            attended.copy_(self._core.attend(index, queries.float(), plan, kv_cache, up))
+        lane.leave(index, threads)
+
+    def _write_latents(
+        self, lane: Lane, index: int, rotary: torch.Tensor, batch: AttentionBatch, kv_cache: LatentKVCache
+    ) -> None:
+        """Into a cache that the programs do not know."""
+        config, norm = self._config, self._layers[index].latent_norm
+        first = lane.rows("first")
+        column = self._layers[index].first.num_outputs - config.latent_dim
+        kv_c, k_pe = torch.split(
+            first[:, column : column + config.latent_dim], [config.kv_lora_rank, config.qk_rope_head_dim], dim=-1
+        )
+        normed = F.rms_norm(kv_c, norm.weight.shape, norm.weight.float(), norm.eps)
+        kv_cache.write(
+            index, batch.slot_mapping, normed.to(torch.bfloat16), apply_rotary(k_pe, rotary).to(torch.bfloat16)
+        )
+
+    def _threads(self, most: int | None = None) -> int:
+        threads = torch.get_num_threads() if self._uses_team else 1
+        return threads if most is None else min(threads, most)
+
+    @contextmanager
+    def _lane(self) -> Iterator[Lane]:
+        """One that nobody computes in."""
+        lane = self._free.pop() if self._free else Lane(self._config, self._layers, self._last_norm)
+        try:
+            yield lane
+        finally:
+            self._free.append(lane)

@@ -1,0 +1,294 @@
+"""A compiled function under construction: loops, and sixteen float32 at a time, of float32 or bfloat16 in memory.
+
+    builder = Builder(("x", "out", "rows"))
+    with builder.pieces(builder.int_at(builder.arguments["rows"])) as row:
+        builder.store(..., builder.load(...), Kind.BFLOAT16)
+
+Addresses are integers (i64), in bytes. Every kernel that is built here is of vectors of LANES elements, and rows are
+whole numbers of them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from enum import Enum
+from typing import Any, TypeAlias
+
+from llvmlite import ir
+
+LANES = 16
+
+I1, I16, I32, I64, F32 = ir.IntType(1), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_POINTER = ir.PointerType()
+_FLOATS = ir.VectorType(F32, LANES)
+_WORDS = ir.VectorType(I32, LANES)
+_HALVES = ir.VectorType(I16, LANES)
+_BYTES = ir.VectorType(ir.IntType(8), LANES)
+
+# exp(x): 2^n times 2^f, n whole and |f| <= 1/2, by the Taylor polynomial of degree 6 (relative error 1e-7).
+_EXP_COEFFICIENTS = (1.0, 0.6931471805599453, 0.2402265069591007, 0.05550410866482158, 0.009618129107628477,
+                     0.0013333558146428443, 0.0001540353039338161)  # fmt: skip
+_EXP_LIMIT = 126.0  # of the power of two, either way: what lies beyond is as good as nothing, or as all
+
+
+class Kind(Enum):
+    """How an element lies in memory."""
+
+    FLOAT32 = 4
+    BFLOAT16 = 2
+
+    @property
+    def bytes(self) -> int:
+        """Of an element."""
+        return int(self.value)
+
+
+Value: TypeAlias = Any  # ir.Value: the library has no types
+
+
+class Builder:
+    """Builds `void share(ptr arguments, i64 first, i64 step)` (model_shards.kernels.machine_code)."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._module = ir.Module()
+        kind = ir.FunctionType(ir.VoidType(), (_POINTER, I64, I64))
+        self._function = ir.Function(self._module, kind, "share")
+        self._entry = self._function.append_basic_block("entry")
+        body = self._function.append_basic_block("body")
+        self.ir = ir.IRBuilder(body)
+        given, self._first, self._step = self._function.args
+        base = self.ir.ptrtoint(given, I64)
+        self.arguments: dict[str, Value] = {
+            name: self.int_at(self.ir.add(base, self.const(8 * index))) for index, name in enumerate(arguments)
+        }
+        self._body = body
+
+    def finish(self) -> str:
+        """The module's text; nothing can be added afterwards."""
+        self.ir.ret_void()
+        ir.IRBuilder(self._entry).branch(self._body)
+        return str(self._module)
+
+    # --- control ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def loop(self, stop: Value, start: Value | int = 0, step: Value | int = 1) -> Iterator[Value]:
+        """The counter start, start + step, ... below stop."""
+        start, step = self._int(start), self._int(step)
+        before = self.ir.block
+        body, after = self._function.append_basic_block(), self._function.append_basic_block()
+        self.ir.cbranch(self.ir.icmp_signed("<", start, stop), body, after)
+        self.ir.position_at_end(body)
+        counter = self.ir.phi(I64)
+        counter.add_incoming(start, before)
+        yield counter
+        following = self.ir.add(counter, step)
+        counter.add_incoming(following, self.ir.block)
+        self.ir.cbranch(self.ir.icmp_signed("<", following, stop), body, after)
+        self.ir.position_at_end(after)
+
+    def pieces(self, count: Value) -> AbstractContextManager[Value]:
+        """This thread's share of `count` pieces."""
+        return self.loop(count, self._first, self._step)
+
+    @contextmanager
+    def only_first(self) -> Iterator[None]:
+        """One thread of the team."""
+        with self.ir.if_then(self.ir.icmp_signed("==", self._first, self.const(0))):
+            yield
+
+    def variable(self, initial: Value) -> "Variable":
+        """A value that a loop changes."""
+        with self.ir.goto_block(self._entry):
+            place = self.ir.alloca(initial.type)
+        variable = Variable(self.ir, place, initial.type)
+        variable.set(initial)
+        return variable
+
+    def array(self, count: int) -> Value:
+        """The address of so many float32 of this thread's own, for as long as it is in the function."""
+        with self.ir.goto_block(self._entry):
+            return self.ir.ptrtoint(self.ir.alloca(ir.ArrayType(F32, count)), I64)
+
+    # --- integers and addresses ---------------------------------------------------------------------------------
+
+    @staticmethod
+    def const(value: int) -> ir.Constant:
+        """An i64."""
+        return ir.Constant(I64, value)
+
+    def at(self, base: Value, *terms: tuple[Value, Value | int]) -> Value:
+        """base + index * bytes + ..."""
+        address = base
+        for index, size in terms:
+            address = self.ir.add(address, self.ir.mul(index, self._int(size)))
+        return address
+
+    def int_at(self, address: Value) -> Value:
+        """The i64 there."""
+        return self.ir.load(self._pointer(address), typ=I64, align=8)
+
+    def put_int(self, address: Value, value: Value) -> None:
+        """Writes an i64."""
+        self.ir.store(value, self._pointer(address), align=8)
+
+    def short_int_at(self, address: Value) -> Value:
+        """The i32 there, as an i64."""
+        return self.ir.sext(self.ir.load(self._pointer(address), typ=I32, align=4), I64)
+
+    def smaller(self, a: Value, b: Value) -> Value:
+        """Of two i64."""
+        return self.ir.select(self.ir.icmp_signed("<", a, b), a, b)
+
+    def copy(self, source: Value, target: Value, num_bytes: Value) -> None:
+        """Between places that do not overlap."""
+        self._call(
+            "llvm.memcpy.p0.p0.i64",
+            ir.VoidType(),
+            (self._pointer(target), self._pointer(source), num_bytes, ir.Constant(I1, 0)),
+        )
+
+    def _int(self, value: Value | int) -> Value:
+        return self.const(value) if isinstance(value, int) else value
+
+    def _pointer(self, address: Value) -> Value:
+        return self.ir.inttoptr(address, _POINTER)
+
+    # --- one float ----------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def number(value: float) -> ir.Constant:
+        """A float32."""
+        return ir.Constant(F32, value)
+
+    def float_at(self, address: Value) -> Value:
+        """The float32 there."""
+        return self.ir.load(self._pointer(address), typ=F32, align=4)
+
+    def put_float(self, address: Value, value: Value) -> None:
+        """Writes a float32."""
+        self.ir.store(value, self._pointer(address), align=4)
+
+    def float_of(self, bits: Value) -> Value:
+        """The float32 in the lower half of an i64."""
+        return self.ir.bitcast(self.ir.trunc(bits, I32), F32)
+
+    def square_root(self, value: Value) -> Value:
+        """Of a float32."""
+        return self._call("llvm.sqrt.f32", F32, (value,))
+
+    # --- sixteen floats -----------------------------------------------------------------------------------------
+
+    def spread(self, scalar: Value) -> Value:
+        """A float32 in every lane."""
+        vector = self.ir.insert_element(ir.Constant(_FLOATS, ir.Undefined), scalar, ir.Constant(I32, 0))
+        return self.ir.shuffle_vector(vector, ir.Constant(_FLOATS, ir.Undefined), ir.Constant(_WORDS, [0] * LANES))
+
+    def numbers(self, value: float) -> ir.Constant:
+        """A constant in every lane."""
+        return ir.Constant(_FLOATS, [ir.Constant(F32, value)] * LANES)
+
+    def alternating(self) -> ir.Constant:
+        """-1, 1, -1, 1, ..."""
+        return ir.Constant(_FLOATS, [ir.Constant(F32, 2.0 * (lane % 2) - 1.0) for lane in range(LANES)])
+
+    def load(self, address: Value, kind: Kind) -> Value:
+        """Sixteen elements, as float32."""
+        if kind is Kind.FLOAT32:
+            return self.ir.load(self._pointer(address), typ=_FLOATS, align=4)
+        halves = self.ir.load(self._pointer(address), typ=_HALVES, align=2)
+        return self.ir.bitcast(self.ir.shl(self.ir.zext(halves, _WORDS), self._words(16)), _FLOATS)
+
+    def store(self, address: Value, value: Value, kind: Kind) -> None:
+        """Sixteen elements, rounded to nearest, ties to even; what is not a number stays none."""
+        if kind is Kind.FLOAT32:
+            self.ir.store(value, self._pointer(address), align=4)
+        else:
+            self.ir.store(self._rounded(value), self._pointer(address), align=2)
+
+    def store_bytes(self, address: Value, value: Value) -> None:
+        """Sixteen uint8, to nearest, ties to even, no more and no less than there are; not a number: 0."""
+        whole = self._call(f"llvm.rint.v{LANES}f32", _FLOATS, (value,))
+        narrow = self._call(f"llvm.fptoui.sat.v{LANES}i8.v{LANES}f32", _BYTES, (whole,))
+        self.ir.store(narrow, self._pointer(address), align=1)
+
+    def magnitude(self, value: Value) -> Value:
+        """|x| of each lane."""
+        return self._call(f"llvm.fabs.v{LANES}f32", _FLOATS, (value,))
+
+    def _rounded(self, value: Value) -> Value:
+        """bfloat16 in i16."""
+        build = self.ir
+        bits = build.bitcast(value, _WORDS)
+        odd = build.and_(build.lshr(bits, self._words(16)), self._words(1))
+        nearest = build.add(bits, build.add(odd, self._words(0x7FFF)))
+        quiet = build.or_(bits, self._words(0x400000))  # adding could carry one that is not a number into the sign
+        chosen = build.select(build.fcmp_unordered("uno", value, value), quiet, nearest)
+        return build.trunc(build.lshr(chosen, self._words(16)), _HALVES)
+
+    def fma(self, a: Value, b: Value, c: Value) -> Value:
+        """a * b + c, rounded once."""
+        return self._call(f"llvm.fma.v{LANES}f32", _FLOATS, (a, b, c))
+
+    def exp(self, x: Value) -> Value:
+        """e^x of each lane, of any size: between 2^-126 and 2^126. What is not a number stays none."""
+        build = self.ir
+        power = build.fmul(x, self.numbers(1.4426950408889634))
+        for limit, beyond in ((-_EXP_LIMIT, "<"), (_EXP_LIMIT, ">")):
+            power = build.select(build.fcmp_ordered(beyond, power, self.numbers(limit)), self.numbers(limit), power)
+        whole = self._call(f"llvm.rint.v{LANES}f32", _FLOATS, (power,))
+        part = build.fsub(power, whole)
+        shifted = self._call(f"llvm.fptosi.sat.v{LANES}i32.v{LANES}f32", _WORDS, (whole,))
+        exponent = build.bitcast(build.shl(build.add(shifted, self._words(127)), self._words(23)), _FLOATS)
+        value: Value = self.numbers(_EXP_COEFFICIENTS[-1])
+        for coefficient in reversed(_EXP_COEFFICIENTS[:-1]):
+            value = self.fma(value, part, self.numbers(coefficient))
+        return build.fmul(value, exponent)
+
+    def larger(self, a: Value, b: Value) -> Value:
+        """Lane by lane."""
+        return self.ir.select(self.ir.fcmp_ordered(">", a, b), a, b)
+
+    def sum(self, vector: Value) -> Value:
+        """Of the lanes, by halves."""
+        return self._by_halves(vector, self.ir.fadd)
+
+    def largest_lane(self, vector: Value) -> Value:
+        """Of the lanes."""
+        return self._by_halves(vector, self.larger)
+
+    def _by_halves(self, vector: Value, join: Callable[[Value, Value], Value]) -> Value:
+        width = LANES // 2
+        while width:
+            vector = join(vector, self.shuffled(vector, [(lane + width) % LANES for lane in range(LANES)]))
+            width //= 2
+        return self.ir.extract_element(vector, ir.Constant(I32, 0))
+
+    def shuffled(self, vector: Value, lanes: Sequence[int]) -> Value:
+        """Lane i of the result is lane lanes[i]."""
+        return self.ir.shuffle_vector(vector, vector, ir.Constant(_WORDS, [ir.Constant(I32, lane) for lane in lanes]))
+
+    def _words(self, value: int) -> ir.Constant:
+        return ir.Constant(_WORDS, [ir.Constant(I32, value)] * LANES)
+
+    def _call(self, name: str, result: ir.Type, values: Sequence[Value]) -> Value:
+        known = self._module.globals.get(name)
+        if known is None:
+            known = ir.Function(self._module, ir.FunctionType(result, [value.type for value in values]), name)
+        return self.ir.call(known, values)
+
+
+class Variable:
+    """A value in a place of its own, which the compiler turns into a register."""
+
+    def __init__(self, builder: ir.IRBuilder, place: Value, kind: ir.Type) -> None:
+        self._ir = builder
+        self._place = place
+        self._kind = kind
+
+    def get(self) -> Value:
+        """As of here."""
+        return self._ir.load(self._place, typ=self._kind)
+
+    def set(self, value: Value) -> None:
+        """From here on."""
+        self._ir.store(value, self._place)

@@ -1,0 +1,94 @@
+"""Several compiled functions one after another, in one call: what a team of threads does between two exchanges.
+
+A *call* is a function with what it is told, at an address that stays. The team goes through the calls of a program
+together: nobody begins one before all have ended the one before.
+
+    program   [ number of calls | function, arguments | function, arguments | ... ]      eight bytes each
+"""
+
+import ctypes
+import functools
+import struct
+from collections.abc import Sequence
+
+from model_shards.kernels.machine_code import TeamFunction, find_openmp
+
+
+class Call:
+    """A function and its arguments, which may be changed between runs."""
+
+    def __init__(self, function: TeamFunction, names: Sequence[str], **values: int) -> None:
+        """`names` are the function's arguments in order, `values` the addresses and numbers that they get."""
+        assert set(names) == set(values), f"arguments {sorted(set(names) ^ set(values))} are missing or unknown"
+        self.function = function
+        self._places = {name: place for place, name in enumerate(names)}
+        self._values = (ctypes.c_int64 * len(names))(*(values[name] for name in names))
+
+    @property
+    def address(self) -> int:
+        """Of the arguments."""
+        return ctypes.addressof(self._values)
+
+    def run(self, num_threads: int) -> None:
+        """Runs it alone."""
+        self.function.run(self._values, num_threads)
+
+    def set(self, **values: int) -> None:
+        """Changes some arguments."""
+        for name, value in values.items():
+            self._values[self._places[name]] = value
+
+
+def float_bits(value: float) -> int:
+    """A float32 as an argument carries it: in the lower four bytes."""
+    return int(struct.unpack("I", struct.pack("f", value))[0])
+
+
+class Program:
+    """Calls in order. What their arguments point at must live as long as it runs."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self._calls = tuple(calls)  # kept: the program has their addresses only
+        pairs = (number for call in self._calls for number in (call.function.share, call.address))
+        self._text = (ctypes.c_int64 * (1 + 2 * len(self._calls)))(len(self._calls), *pairs)
+
+    def run(self, num_threads: int) -> None:
+        """Runs all of them on a team of so many threads."""
+        _runner().run(self._text, num_threads)
+
+
+_BARRIER = "declare void @GOMP_barrier()"
+_NO_TEAM = "define void @GOMP_barrier() { ret void }"
+_RUN = """
+define void @share(ptr %program, i64 %first, i64 %step) nounwind {
+entry:
+  %count = load i64, ptr %program
+  %alone = icmp eq i64 %step, 1
+  %any = icmp sgt i64 %count, 0
+  br i1 %any, label %call, label %done
+call:
+  %i = phi i64 [0, %entry], [%i_next, %joined]
+  %place = mul i64 %i, 16
+  %function_off = add i64 %place, 8
+  %arguments_off = add i64 %place, 16
+  %function_at = getelementptr i8, ptr %program, i64 %function_off
+  %arguments_at = getelementptr i8, ptr %program, i64 %arguments_off
+  %function = load ptr, ptr %function_at
+  %arguments = load ptr, ptr %arguments_at
+  call void %function(ptr %arguments, i64 %first, i64 %step)
+  br i1 %alone, label %joined, label %wait
+wait:
+  call void @GOMP_barrier()
+  br label %joined
+joined:
+  %i_next = add i64 %i, 1
+  %more = icmp slt i64 %i_next, %count
+  br i1 %more, label %call, label %done
+done:
+  ret void
+}"""
+
+
+@functools.cache
+def _runner() -> TeamFunction:
+    return TeamFunction((_NO_TEAM if find_openmp() is None else _BARRIER) + _RUN)

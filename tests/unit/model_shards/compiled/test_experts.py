@@ -1,0 +1,104 @@
+"""A shard's experts as compiled programs against the modules that they were compiled from."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model_shards.config import ModelConfig
+from model_shards.experts import ExpertShardModel
+from model_shards.packing import program_instructions
+from model_shards.quantization import Quantization
+from tests.reference import CPU, make_hf_config, model_config_of, relative_error
+
+EXPERTS = (0, 3, 4, 7, 9)
+KINDS = [
+    kind
+    for kind, dtype in ((None, torch.bfloat16), (Quantization.INT8, torch.int8))
+    if program_instructions(dtype, CPU) is not None
+]
+pytestmark = pytest.mark.skipif(not KINDS, reason="this CPU has no programs")
+
+
+def config(hidden: int = 96, width: int = 48) -> ModelConfig:
+    return model_config_of(
+        make_hf_config(hidden_size=hidden, moe_intermediate_size=width, n_routed_experts=10, num_experts_per_tok=3)
+    )
+
+
+def shard(kind: Quantization | None, shape: ModelConfig) -> ExpertShardModel:
+    generator = torch.Generator().manual_seed(1)
+    model = ExpertShardModel(shape, EXPERTS, torch.bfloat16, CPU, kind)
+    for name, view in model.hf_slices():
+        if name.endswith("scale_inv"):
+            view.copy_(torch.rand(view.shape, generator=generator) / 127)
+        elif kind is Quantization.INT8:
+            view.copy_(torch.randint(-127, 128, view.shape, generator=generator))
+        else:
+            view.copy_(torch.randn(view.shape, generator=generator) * view.shape[-1] ** -0.5)
+    return model
+
+
+SHARDS = {kind: (shard(kind, config()), shard(kind, config())) for kind in KINDS}
+for _, compiled in SHARDS.values():
+    compiled.lay_out()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40, deadline=None)
+@given(
+    ids=st.lists(st.lists(st.integers(-1, len(EXPERTS) - 1), min_size=3, max_size=3), max_size=20),
+    layer=st.sampled_from(config().moe_layers),
+    wide=st.booleans(),
+)
+def test_any_routing_gives_the_modules_sums_up_to_rounding(kind, ids, layer, wide) -> None:
+    plain, compiled = SHARDS[kind]
+    assert compiled._compiled is not None
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(len(ids), 96, generator=generator).bfloat16()
+    local_ids = torch.tensor(ids, dtype=torch.int64 if wide else torch.int32).view(len(ids), 3)
+    weights = torch.rand(len(ids), 3, generator=generator)
+    sums = compiled(layer, hidden, local_ids, weights)
+    expected = plain(layer, hidden, local_ids, weights)
+    assert sums.dtype is torch.bfloat16
+    assert sums.shape == expected.shape
+    nowhere = (local_ids < 0).all(-1)
+    assert bool((sums[nowhere] == 0).all())
+    if not nowhere.all():
+        assert relative_error(sums, expected) < (0.01 if kind is None else 0.03)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_does_not_depend_on_the_others_nor_on_the_number_of_threads(kind) -> None:
+    compiled = SHARDS[kind][1]
+    layer = config().moe_layers[-1]
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(40, 96, generator=generator).bfloat16()
+    local_ids = torch.randint(-1, 5, (40, 3), generator=generator)
+    weights = torch.rand(40, 3, generator=generator)
+    sums = compiled(layer, hidden, local_ids, weights)
+    assert torch.equal(compiled(layer, hidden[7:9], local_ids[7:9], weights[7:9]), sums[7:9])
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(compiled(layer, hidden, local_ids, weights), sums)
+    finally:
+        torch.set_num_threads(before)
+    assert bool((local_ids[5] >= 0).any())
+    hidden[5, 3] = float("nan")
+    spoiled = compiled(layer, hidden, local_ids, weights)
+    assert bool(spoiled[5].isnan().all())
+    others = torch.arange(40) != 5
+    assert torch.equal(spoiled[others], sums[others])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_shapes_keep_their_modules(kind) -> None:
+    odd = config(width=40)
+    plain, laid_out = shard(kind, odd), shard(kind, odd)
+    laid_out.lay_out()
+    assert laid_out._compiled is None
+    hidden = torch.randn(6, 96, generator=torch.Generator().manual_seed(2)).bfloat16()
+    local_ids = torch.tensor([[0, 1, 2]] * 6)
+    arguments = (odd.moe_layers[0], hidden, local_ids, torch.ones(6, 3))
+    assert relative_error(laid_out(*arguments), plain(*arguments)) < 0.03

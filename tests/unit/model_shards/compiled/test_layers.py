@@ -1,0 +1,236 @@
+"""Layers as compiled programs against transformers in float32, and what they were compiled from."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model_shards.batch import AttentionBatch
+from model_shards.kv_cache import LatentKVCache
+from model_shards.model import AttentionModel
+from model_shards.packing import program_instructions
+from model_shards.pipeline import run_micro_batches
+from model_shards.quantization import Quantization
+from tests.reference import (
+    CPU,
+    YARN_ROPE,
+    Chunk,
+    ShardExperts,
+    attention_model_of,
+    build_batch,
+    empty_batch,
+    expert_shard_of,
+    hf_logits,
+    make_hf_config,
+    random_hf_model,
+    random_tokens,
+    relative_error,
+    run_steps,
+    single_sequence_batch,
+)
+
+pytestmark = pytest.mark.skipif(
+    program_instructions(torch.bfloat16, CPU) is None, reason="a CPU without AVX512_BF16, or with AMX, has no programs"
+)
+
+# The smallest sizes that there are programs for.
+WIDE: dict[str, object] = {
+    "hidden_size": 96,
+    "intermediate_size": 80,
+    "moe_intermediate_size": 48,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 64,
+    "n_routed_experts": 32,
+    "num_experts_per_tok": 4,
+}
+GROUPED = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 4.0}
+BRANCHES: dict[str, dict[str, object]] = {
+    "plain": {},
+    "q_lora": {"q_lora_rank": 48},
+    "groups": GROUPED,
+    "norm_topk_prob": {"norm_topk_prob": True},
+    "no shared experts": {"n_shared_experts": None},
+    "no routed experts": {"n_routed_experts": None},
+    "dense layers between": {"moe_layer_freq": 2, "num_hidden_layers": 5},
+    "no dense layer": {"first_k_dense_replace": 0},
+    "tied embeddings": {"tie_word_embeddings": True},
+    "another eps": {"rms_norm_eps": 1e-2, "q_lora_rank": 48},
+    "the whole of V2": {**GROUPED, "q_lora_rank": 48, "rope_parameters": YARN_ROPE},
+}
+
+
+def new_cache(model: AttentionModel, blocks: int, quantization: Quantization | None = None) -> LatentKVCache:
+    return LatentKVCache(model.config, blocks, 4, torch.bfloat16, CPU, quantization)
+
+
+def is_compiled(model: AttentionModel) -> bool:
+    return model._compiled is not None
+
+
+class Pair:
+    """One model twice: compiled, and as it was loaded; with experts that are the same for both."""
+
+    def __init__(self, **overrides: object) -> None:
+        # Weights that bfloat16 holds exactly, for everybody.
+        self.reference = random_hf_model(make_hf_config(**{**WIDE, **overrides}), seed=3).bfloat16().float()
+        self.plain = attention_model_of(self.reference, torch.bfloat16)
+        self.compiled = attention_model_of(self.reference, torch.bfloat16)
+        self.compiled.lay_out()
+        self.routed = ShardExperts(expert_shard_of(self.reference, dtype=torch.bfloat16))
+
+
+def in_parts(
+    model: AttentionModel, routed: ShardExperts, tokens: Sequence[int], sizes: Sequence[int], cache: LatentKVCache
+) -> torch.Tensor:
+    """Logits of all tokens; a part of one token is a decode."""
+    start, logits = 0, []
+    for size in sizes:
+        batch = single_sequence_batch(tokens[start:][:size], 4, start, decode=size == 1 and start > 0)
+        logits.append(run_steps(model, batch, cache, routed))
+        start += size
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_logits_are_as_near_to_float32_as_those_of_the_modules(branch: str) -> None:
+    pair = Pair(**BRANCHES[branch])
+    assert is_compiled(pair.compiled)
+    assert not is_compiled(pair.plain)
+    tokens = random_tokens(131, 40, seed=2)
+    expected = hf_logits(pair.reference, tokens)
+    sizes = [20, 5, 9, *[1] * 6]
+    plain = in_parts(pair.plain, pair.routed, tokens, sizes, new_cache(pair.plain, 10))
+    compiled = in_parts(pair.compiled, pair.routed, tokens, sizes, new_cache(pair.compiled, 10))
+    assert relative_error(compiled, expected) < 0.03
+    assert relative_error(compiled, expected) < 1.2 * relative_error(plain, expected)
+
+
+@pytest.fixture(scope="module")
+def whole() -> Pair:
+    return Pair(**BRANCHES["the whole of V2"])
+
+
+PROMPTS = [random_tokens(131, length, seed=length) for length in (9, 2, 17, 5, 12)]
+TABLES = [[5, 11, 2], [7], [1, 14, 9, 3, 12], [13, 4], [6, 10, 8]]
+
+
+def prefilled(pair: Pair, count: int) -> LatentKVCache:
+    """A cache with all but the last token of the first prompts; block 0, which pads tables, is nobody's."""
+    cache = new_cache(pair.compiled, 15)
+    cache.data[:, 0] = float("nan")
+    for prompt, table in zip(PROMPTS[:count], TABLES, strict=False):
+        run_steps(pair.compiled, build_batch([Chunk(prompt[:-1], 0, table)], 4), cache, pair.routed)
+    return cache
+
+
+def decode_chunk(index: int) -> Chunk:
+    return Chunk(PROMPTS[index][-1:], len(PROMPTS[index]) - 1, TABLES[index], decode=True)
+
+
+def test_a_decode_has_the_same_logits_bit_for_bit_whoever_shares_its_batch(whole: Pair) -> None:
+    cache = prefilled(whole, 5)
+
+    def logits_of(*chunks: Chunk) -> torch.Tensor:
+        return run_steps(whole.compiled, build_batch(chunks, 4), cache, whole.routed)
+
+    alone = torch.cat([logits_of(decode_chunk(i)) for i in range(5)])
+    together = logits_of(*(decode_chunk(i) for i in range(5)))
+    assert torch.equal(together, alone)
+    cache = prefilled(whole, 3)
+    mixed = [decode_chunk(i) for i in range(3)] + [Chunk(PROMPTS[i], 0, TABLES[i], all_logits=False) for i in (3, 4)]
+    logits = logits_of(*mixed)
+    assert torch.equal(logits[:3], alone[:3])
+    assert relative_error(logits[3:], torch.stack([hf_logits(whole.reference, PROMPTS[i])[-1] for i in (3, 4)])) < 0.04
+
+
+def batches() -> list[AttentionBatch]:
+    return [build_batch([decode_chunk(0), decode_chunk(1)], 4), build_batch([decode_chunk(2)], 4), empty_batch()]
+
+
+def test_micro_batches_that_take_turns_do_not_meet(whole: Pair) -> None:
+    cache = prefilled(whole, 3)
+    apart = [run_steps(whole.compiled, batch, cache, whole.routed) for batch in batches()]
+    assert apart[2].shape == (0, 131)
+    in_turn = run_micro_batches([whole.compiled.forward_steps(batch, cache, whole.routed) for batch in batches()])
+    assert all(torch.equal(one, other) for one, other in zip(in_turn, apart, strict=True))
+
+
+def test_an_abandoned_step_leaves_nothing_behind(whole: Pair) -> None:
+    cache = prefilled(whole, 3)
+    expected = run_steps(whole.compiled, batches()[0], cache, whole.routed)
+    for layers in range(1, 3):
+        steps = whole.compiled.forward_steps(batches()[1], cache, whole.routed)
+        for _ in range(layers):
+            next(steps)
+        steps.close()
+        assert torch.equal(run_steps(whole.compiled, batches()[0], cache, whole.routed), expected)
+
+
+def test_one_team_of_threads_computes_what_one_thread_does(whole: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = prefilled(whole, 4)
+    batch = build_batch([*(decode_chunk(i) for i in range(4)), Chunk(PROMPTS[4], 0, TABLES[4])], 4)
+    expected = run_steps(whole.compiled, batch, cache, whole.routed)
+    assert whole.compiled._compiled is not None
+    monkeypatch.setattr(whole.compiled._compiled, "_uses_team", True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(run_steps(whole.compiled, batch, cache, whole.routed), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=8))
+def test_any_chunks_give_the_logits_of_the_whole_prompt(whole: Pair, sizes: list[int]) -> None:
+    tokens = random_tokens(131, sum(sizes), seed=5)
+    expected = hf_logits(whole.reference, tokens)
+    cache = new_cache(whole.compiled, 25)  # another each time: programs have the old one's address
+    logits = in_parts(whole.compiled, whole.routed, tokens, sizes, cache)
+    assert relative_error(logits, expected) < 0.06
+
+
+@pytest.mark.parametrize("quantization", Quantization)
+def test_a_quantized_cache_is_written_and_read_by_torch(whole: Pair, quantization: Quantization) -> None:
+    tokens = random_tokens(131, 40, seed=2)
+    sizes = [20, 14, *[1] * 6]
+    expected = hf_logits(whole.reference, tokens)
+    logits = in_parts(whole.compiled, whole.routed, tokens, sizes, new_cache(whole.compiled, 10, quantization))
+    assert relative_error(logits, expected) < 0.1
+    plain = in_parts(whole.plain, whole.routed, tokens, sizes, new_cache(whole.plain, 10, quantization))
+    assert relative_error(logits, expected) < 1.5 * relative_error(plain, expected)
+
+
+def test_a_token_that_is_not_finite_spoils_its_own_sequence_alone(whole: Pair) -> None:
+    cache = prefilled(whole, 3)
+    expected = run_steps(whole.compiled, batches()[0], cache, whole.routed)
+    cache.data[0, TABLES[0][0], 1, 3] = float("nan")
+    logits = run_steps(whole.compiled, batches()[0], cache, whole.routed)
+    assert bool(logits[0].isnan().all())
+    assert torch.equal(logits[1], expected[1])
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"attention_bias": True},
+        {"kv_lora_rank": 48},
+        {"v_head_dim": 32},
+        {"qk_rope_head_dim": 24},
+        {"n_routed_experts": 24},
+        {"moe_intermediate_size": 40},
+        {"q_lora_rank": 24},
+    ],
+)
+def test_models_of_other_shapes_keep_their_modules(odd: dict[str, object]) -> None:
+    pair = Pair(**odd)
+    assert not is_compiled(pair.compiled)
+    tokens = random_tokens(131, 20, seed=2)
+    logits = in_parts(pair.compiled, pair.routed, tokens, [12, 1, 7], new_cache(pair.compiled, 5))
+    assert relative_error(logits, hf_logits(pair.reference, tokens)) < 0.04
