@@ -12,6 +12,7 @@ from cluster.device import (
     kv_quantization,
     local_device,
     meanwhile_threads,
+    pin_threads,
     torch_dtype,
     use_threads,
 )
@@ -143,8 +144,13 @@ class AttentionReplica:
 
     def _run_epoch(self, membership: Membership, global_rank: int, on_joined: Callable[[], None]) -> None:
         """The step thread's."""
+
+        def settle() -> None:
+            pin_threads(self._spec, Role.ATTENTION, global_rank)
+            on_joined()
+
         use_threads(self._spec, Role.ATTENTION)
-        self._step_loop.run_epoch(membership, global_rank, on_joined)
+        self._step_loop.run_epoch(membership, global_rank, settle)
 
     def _cross(self, events: StepEvents) -> None:
         """From the step thread: one message per step for all streams."""

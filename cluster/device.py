@@ -1,6 +1,8 @@
 """Which device and element type a rank computes with."""
 
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -8,6 +10,7 @@ import torch
 from cluster.spec import CellSpec
 from cluster.topology import Role, Topology
 from model_shards.errors import ConfigError
+from model_shards.kernels.machine_code import on_each_thread
 from model_shards.quantization import Quantization
 
 # What a rank's process needs in its environment before it loads torch. An OpenMP thread that has nothing to do spins
@@ -56,9 +59,49 @@ def local_device(spec: CellSpec, index: int) -> torch.device:
 
 
 def use_threads(spec: CellSpec, role: Role) -> None:
-    """Gives the calling thread, the one that computes the steps, its share of this host's cores."""
+    """Gives the calling thread, the one that computes the steps, its share of this host's cores, and may leave it free
+    to go to any: threads that it makes now, as those of a transport, go where they like."""
     if spec.device == "cpu":
         torch.set_num_threads(num_threads(spec.topology, role, available_cores()))
+        with suppress(OSError):
+            os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))
+
+
+def pin_threads(spec: CellSpec, role: Role, index: int) -> None:
+    """Keeps it and its team on cores of their own, where that is known to do no harm. `index` counts the role's ranks.
+
+    Woken together, two threads of a team may be put on one core while the next one is idle, for as long as it takes the
+    kernel to notice: some milliseconds, a layer's whole time (measured in benchmarks/NOTES.md).
+    """
+    if spec.device != "cpu":
+        return
+    cores = available_cores()
+    count = num_threads(spec.topology, role, cores)
+    if may_pin(spec.topology, count, cores):
+        _pin_team(own_cores(sorted(os.sched_getaffinity(os.getpid())), index, count))
+
+
+def may_pin(topology: Topology, count: int, cores: int) -> bool:
+    """Whether threads may stay on cores of their own.
+
+    Not under a CPU limit: which of the host's cores are idle is not known then. And not with a team that shrinks and
+    grows in every layer: a thread that is made anew would stay where its maker is.
+    """
+    return cores == len(os.sched_getaffinity(os.getpid())) and meanwhile_threads(topology, cores) in (1, count)
+
+
+def own_cores(cores: Sequence[int], index: int, count: int) -> list[int]:
+    """The cores of the `index`-th rank of a role whose ranks have `count` threads each."""
+    return [cores[(index * count + thread) % len(cores)] for thread in range(count)]
+
+
+def _pin_team(cores: Sequence[int]) -> None:
+    def pin(thread: int) -> None:
+        # A core that was taken away meanwhile: the thread goes where the kernel puts it.
+        with suppress(OSError):
+            os.sched_setaffinity(0, {cores[thread]})
+
+    on_each_thread(pin, len(cores))
 
 
 def num_threads(topology: Topology, role: Role, num_cores: int) -> int:
@@ -81,8 +124,8 @@ def meanwhile_threads(topology: Topology, num_cores: int) -> int:
 
 
 def available_cores() -> int:
-    """Cores that this process may use: of its affinity mask, and of the container's CPU limit (cgroup v2)."""
-    cores = len(os.sched_getaffinity(0))
+    """Cores that this process may use: its main thread's affinity, and the container's CPU limit (cgroup v2)."""
+    cores = len(os.sched_getaffinity(os.getpid()))
     try:
         quota, period = _CPU_LIMIT.read_text(encoding="ascii").split()
     except (FileNotFoundError, ValueError):

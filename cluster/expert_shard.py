@@ -5,7 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
-from cluster.device import local_device, torch_dtype, use_threads
+from cluster.device import local_device, pin_threads, torch_dtype, use_threads
 from cluster.dispatch import make_expert_dispatcher
 from cluster.epoch_session import LeaveFlag, open_session
 from cluster.epoch_thread import EpochThread, OnEpochEnd
@@ -85,6 +85,7 @@ class ExpertShard:
                 session.trace,
             )
             before = self._rows_received
+            pin_threads(self._spec, Role.EXPERT, self._ep_rank)
             on_joined()
             log_event(logger, "epoch joined", epoch=membership.epoch, experts=len(self._shard.experts))
             while True:

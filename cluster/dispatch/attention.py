@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from cluster.dispatch.base import StepPlan
+from cluster.dispatch.compiled_rows import CompiledPack, can_sum, compiled_sum
 from cluster.dispatch.layout import DispatchSegments, RowShape, local_id_table, pack_rows, sum_rows
 from cluster.dispatch.order import Direction, Exchange
 from cluster.dispatch.transport import BufferPool, Flight, Lane, Link
@@ -33,11 +34,15 @@ class ExpertTables:
     def __init__(self, placement: ExpertPlacement, device: torch.device) -> None:
         self._local_ids = local_id_table(placement, device)
         self._rows_sent = torch.zeros(placement.num_shards, dtype=torch.int64, device=device)
+        self._compiled = CompiledPack(self._local_ids, self._rows_sent) if device.type == "cpu" else None
 
     def pack(
         self, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, segments: DispatchSegments
     ) -> None:
         """See `pack_rows`; counts the rows as sent."""
+        if self._compiled is not None:
+            self._compiled.pack(hidden, topk_ids, topk_weights, segments)
+            return
         self._rows_sent += pack_rows(self._local_ids, hidden, topk_ids, topk_weights, segments)
 
     @property
@@ -140,4 +145,9 @@ class _Away:
         self._dispatched.wait()
         self._link.post(self._combine, self._slot.combine).wait()
         returning = self._slot.returning
-        return torch.empty_like(self._hidden) if returning is None else sum_rows(returning)
+        return torch.empty_like(self._hidden) if returning is None else add_up(returning)
+
+
+def add_up(returned: torch.Tensor) -> torch.Tensor:
+    """`sum_rows`, the fastest way that there is."""
+    return compiled_sum(returned) if can_sum(returned) else sum_rows(returned)

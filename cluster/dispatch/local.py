@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from cluster.dispatch.attention import ExpertTables
+from cluster.dispatch.attention import ExpertTables, add_up
 from cluster.dispatch.base import ExpertCompute, StepPlan
 from cluster.dispatch.expert import RowBatch
-from cluster.dispatch.layout import RowShape, sum_rows
+from cluster.dispatch.layout import RowShape
 from cluster.dispatch.transport import BufferPool
 from model_shards.placement import ExpertPlacement
 from model_shards.routed import PendingCombine, RoutedExperts
@@ -66,7 +66,7 @@ class _LocalRouted:
         for shard, sent, sums in zip(self._shards, out.chunk(count), back.chunk(count), strict=True):
             segment = shape.dispatch_segment(sent, num_tokens)
             RowBatch((segment,), (shape.combine_segment(sums, num_tokens),), self._pool, "batch").compute(layer, shard)
-        return _Back(sum_rows(shape.combine_segments(back, num_tokens, count)))
+        return _Back(add_up(shape.combine_segments(back, num_tokens, count)))
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,7 @@ class SharedTransport:
 
     def start(self, lane: Lane) -> Callable[[], None]:
         deadline = time.monotonic() + self._timeout_s
-        for rank, message in _segments(lane.send, lane.send_splits):
-            self._mesh.send(rank, message)
+        self._mesh.send(tuple(_segments(lane.send, lane.send_splits)))
 
         def end() -> None:
             for rank, out in _segments(lane.recv, lane.recv_splits):

@@ -101,9 +101,18 @@ class Mesh:
                 inbox.close()
             raise
 
-    def send(self, rank: int, message: torch.Tensor) -> None:
-        """Copies a message, uint8 [B], to a peer; does not wait for it. Raises OSError without memory for it."""
-        self._outbox.send(rank, message)
+    def send(self, messages: Sequence[tuple[int, torch.Tensor]]) -> None:
+        """Copies messages, uint8 [B], to peers, by rank; does not wait for them. Raises OSError without memory.
+
+        Nobody is woken before all are written: a peer on this rank's core then has it for itself, and the others must
+        not wait for their message meanwhile. Which is why such a peer comes last: ranks of both roles are dealt to the
+        cores in order (`cluster.device`), and each begins with the one after its own.
+        """
+        for rank, message in messages:
+            self._outbox.write(rank, message)
+        for index in range(len(messages)):
+            rank, _ = messages[(index + self._me + 1) % len(messages)]
+            self._outbox.post(rank)
 
     def receive(self, rank: int, out: torch.Tensor, deadline: float) -> None:
         """Waits for the next message of a peer and copies it into uint8 `out`, which has its size.

@@ -18,6 +18,7 @@ Slot `number % RING` is written again without asking whether it was read. Lockst
 one message per micro-batch before it needs an answer that its reader gives only after reading (docs/dispatch.md).
 """
 
+import ctypes
 import mmap
 import os
 import secrets
@@ -88,19 +89,22 @@ class Outbox:
         self._rows_sent[reader] = number
         box.rows_posted.post()
 
-    def send(self, reader: int, message: torch.Tensor) -> None:
-        """Copies a message, uint8 [B], and posts it. Raises OSError when memory for it cannot be had."""
+    def write(self, reader: int, message: torch.Tensor) -> None:
+        """Copies a message, uint8 [B], which is to be posted. Raises OSError when memory for it cannot be had."""
         box, number, size = self._boxes[reader], self._data_sent[reader] + 1, message.shape[0]
         slot = number % RING
         offset, room = self._regions.get((reader, slot), (0, 0))
         if room < size:
             offset = self._grow(reader, slot, size)
         assert self._data is not None
-        self._data[offset : offset + size].copy_(message)
+        _copy(message, self._data[offset : offset + size])
         box.descriptors[slot, 1:3] = (offset, size)
         box.descriptors[slot, 0] = number
         self._data_sent[reader] = number
-        box.data_posted.post()
+
+    def post(self, reader: int) -> None:
+        """Wakes the reader of a message that was written."""
+        self._boxes[reader].data_posted.post()
 
     def close(self) -> None:
         """Tells every reader that nothing more comes; what was sent can still be read. Idempotent."""
@@ -189,7 +193,7 @@ class Inbox:
             raise ValueError(f"a message of {size} bytes came where {out.shape[0]} were due")
         if self._data is None or self._data.shape[0] < offset + size:
             self._data = _map_data(self._file, self._head_bytes, os.fstat(self._file).st_size - self._head_bytes)
-        out.copy_(self._data[offset : offset + size])
+        _copy(self._data[offset : offset + size], out)
         self._data_read = number
         return True
 
@@ -197,6 +201,17 @@ class Inbox:
         """Lets go of the peer's memory."""
         self._data = None
         os.close(self._file)
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Bytes to bytes, on the calling thread: a team that a copy waits for may have to wait for its core, which the one
+    that the message is for has just been woken on. Raises ValueError on another size."""
+    size = source.shape[0]
+    if target.shape[0] != size:
+        raise ValueError(f"{size} bytes do not fit in {target.shape[0]}")
+    assert source.is_contiguous(), "bytes lie one after another"
+    assert target.is_contiguous(), "bytes lie one after another"
+    ctypes.memmove(target.data_ptr(), source.data_ptr(), size)
 
 
 def _head_bytes(world_size: int) -> int:

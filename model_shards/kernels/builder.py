@@ -135,6 +135,10 @@ class Builder:
         """The i32 there, as an i64."""
         return self.ir.sext(self.ir.load(self._pointer(address), typ=I32, align=4), I64)
 
+    def put_short_int(self, address: Value, value: Value) -> None:
+        """Writes the lower half of an i64."""
+        self.ir.store(self.ir.trunc(value, I32), self._pointer(address), align=4)
+
     def smaller(self, a: Value, b: Value) -> Value:
         """Of two i64."""
         return self.ir.select(self.ir.icmp_signed("<", a, b), a, b)

@@ -1,6 +1,7 @@
 """LLVM text to functions that this process can call, on one thread or on those that torch computes with."""
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,20 @@ class OpenMP:
     def run(self, function: int, argument: int, num_threads: int) -> None:
         """Calls `void function(void *argument)` on each thread of the calling thread's team; returns after all did."""
         self.library.GOMP_parallel(ctypes.c_void_p(function), ctypes.c_void_p(argument), num_threads, 0)
+
+
+def on_each_thread(function: Callable[[int], None], num_threads: int) -> None:
+    """Calls a function with the number of each thread of the calling thread's team, on that thread; 0 is itself.
+
+    Without OpenMP there is the calling thread alone. The function must not raise.
+    """
+    openmp = find_openmp()
+    if openmp is None or num_threads <= 1:
+        function(0)
+        return
+    library = openmp.library
+    callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: function(library.omp_get_thread_num()))
+    openmp.run(ctypes.cast(callback, ctypes.c_void_p).value or 0, 0, num_threads)
 
 
 def find_openmp() -> OpenMP | None:

@@ -1,14 +1,26 @@
 """The cores that a rank takes, and what its process has in its environment."""
 
 import os
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cluster import device
 from cluster.cell import _rank_environment
-from cluster.device import RANK_ENVIRONMENT, available_cores, meanwhile_threads, num_threads
+from cluster.device import (
+    RANK_ENVIRONMENT,
+    available_cores,
+    may_pin,
+    meanwhile_threads,
+    num_threads,
+    own_cores,
+    pin_threads,
+    use_threads,
+)
 from cluster.topology import Role, Topology
+from model_shards.kernels.machine_code import on_each_thread
 
 
 @pytest.mark.parametrize(
@@ -52,3 +64,46 @@ def test_a_rank_gets_its_environment_and_what_the_operator_set_stays(monkeypatch
         }
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
     assert not {"GOMP_SPINCOUNT", "GLIBC_TUNABLES"} & os.environ.keys()
+
+
+def test_ranks_of_a_role_are_dealt_to_the_cores_in_order():
+    assert [own_cores([3, 5, 6, 7], index, 2) for index in range(3)] == [[3, 5], [6, 7], [3, 5]]
+
+
+@pytest.mark.parametrize(
+    ("topology", "count", "mask", "cores", "may"),
+    [
+        ((1, 2), 2, 2, 2, True),
+        ((1, 2), 2, 8, 2, False),  # a limit: which 2 of the 8 cores are idle is not known
+        ((1, 2), 16, 16, 16, False),  # a team of 16 would shrink to 5 in every layer
+        ((8, 8), 2, 16, 16, True),
+    ],
+)
+def test_threads_stay_on_cores_only_where_that_is_known_to_do_no_harm(monkeypatch, topology, count, mask, cores, may):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(mask)))
+    assert may_pin(Topology(*topology), count, cores) is may
+
+
+def test_a_pinned_team_has_a_thread_on_each_core_and_can_be_set_free_again(monkeypatch):
+    everywhere = sorted(os.sched_getaffinity(os.getpid()))
+    if len(everywhere) < 2:
+        pytest.skip("one core leaves nothing to choose")
+    spec = SimpleNamespace(device="cpu", topology=Topology(1, 1))
+    monkeypatch.setattr(device, "available_cores", lambda: 2)
+    monkeypatch.setattr(device, "may_pin", lambda *_: True)
+    seen: dict[str, object] = {}
+
+    def compute():
+        use_threads(spec, Role.ATTENTION)
+        pin_threads(spec, Role.ATTENTION, 0)
+        team: dict[int, set[int]] = {}
+        on_each_thread(lambda thread: team.update({thread: os.sched_getaffinity(0)}), 2)
+        use_threads(spec, Role.ATTENTION)
+        seen["team"], seen["after"] = team, os.sched_getaffinity(0)
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    thread.join(60.0)
+    assert seen["team"] == {0: {everywhere[0]}, 1: {everywhere[1]}}
+    assert seen["after"] == set(everywhere)
+    assert os.sched_getaffinity(os.getpid()) == set(everywhere)

@@ -34,6 +34,11 @@ def message(*values):
     return torch.tensor(values, dtype=torch.uint8)
 
 
+def send(outbox, reader, content):
+    outbox.write(reader, content)
+    outbox.post(reader)
+
+
 def inbox_of(outbox, reader=1, world_size=2):
     return Inbox(os.getpid(), outbox.file, outbox.token, world_size, reader)
 
@@ -85,7 +90,7 @@ def test_messages_come_in_order_whole_and_of_any_size_while_the_memory_grows():
     for begin in range(0, len(sizes), 3):
         sent = [torch.randint(0, 256, (size,), dtype=torch.uint8, generator=draw) for size in sizes[begin : begin + 3]]
         for each in sent:
-            outbox.send(1, each)
+            send(outbox, 1, each)
         for each in sent:
             assert inbox.wait_data(soon())
             out = torch.empty_like(each)
@@ -101,7 +106,7 @@ def test_regions_are_used_again_so_the_memory_does_not_grow_with_the_messages():
     inbox = inbox_of(outbox)
     grown = []
     for _ in range(50 * RING):
-        outbox.send(1, torch.ones(10_000, dtype=torch.uint8))
+        send(outbox, 1, torch.ones(10_000, dtype=torch.uint8))
         assert inbox.take(torch.empty(10_000, dtype=torch.uint8))
         grown.append(os.fstat(outbox.file).st_size)
     assert grown[RING] == grown[-1]
@@ -112,7 +117,7 @@ def test_regions_are_used_again_so_the_memory_does_not_grow_with_the_messages():
 def test_a_message_of_another_size_than_due_is_refused():
     outbox = Outbox(2)
     inbox = inbox_of(outbox)
-    outbox.send(1, message(1, 2, 3))
+    send(outbox, 1, message(1, 2, 3))
     with pytest.raises(ValueError, match="a message of 3 bytes came where 4 were due"):
         inbox.take(torch.empty(4, dtype=torch.uint8))
     outbox.close()
@@ -123,7 +128,7 @@ def test_a_peer_that_left_in_order_and_then_ended_ends_no_wait_for_another():
     with meshes(3) as (first, second, third):
         first.close()
         third._exited(0)
-        threading.Timer(0.2, second.send, (2, message(7))).start()
+        threading.Timer(0.2, second.send, ([(2, message(7))],)).start()
         out = torch.empty(1, dtype=torch.uint8)
         third.receive(1, out, soon())
         assert out.tolist() == [7]
@@ -182,9 +187,9 @@ def test_what_is_no_outbox_or_another_one_is_refused(tmp_path):
 def _send_beyond_the_limit(answers):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
     outbox = Outbox(2)
-    outbox.send(1, torch.ones(1000, dtype=torch.uint8))
+    send(outbox, 1, torch.ones(1000, dtype=torch.uint8))
     try:
-        outbox.send(1, torch.ones(1 << 21, dtype=torch.uint8))
+        send(outbox, 1, torch.ones(1 << 21, dtype=torch.uint8))
     except OSError as error:
         answers.put(str(error))
 
@@ -214,9 +219,26 @@ def test_a_gather_has_everyones_row_in_the_order_of_the_ranks():
     assert results == {0: expected, 1: expected, 2: expected}
 
 
+def test_nobody_is_woken_before_all_messages_are_written_and_the_peer_after_ones_own_number_first(monkeypatch):
+    with meshes(5) as made:
+        events = []
+        write, post = Outbox.write, Outbox.post
+        monkeypatch.setattr(
+            Outbox, "write", lambda self, rank, content: (events.append("write"), write(self, rank, content))
+        )
+        monkeypatch.setattr(Outbox, "post", lambda self, rank: (events.append(rank), post(self, rank)))
+        made[1].send([(rank, message(rank)) for rank in (2, 3, 4)])
+        assert events == ["write"] * 3 + [4, 2, 3]
+        for rank in (2, 3, 4):
+            out = torch.empty(1, dtype=torch.uint8)
+            made[rank].receive(1, out, soon())
+            assert out.tolist() == [rank]
+        made[1].send([])
+
+
 def test_a_peer_that_leaves_ends_waits_for_it_but_what_it_sent_before_is_read():
     with meshes(2) as (first, second):
-        first.send(1, message(1, 2))
+        first.send([(1, message(1, 2))])
         first.close()
         out = torch.empty(2, dtype=torch.uint8)
         second.receive(0, out, soon())
@@ -237,7 +259,7 @@ def _wait_for_ever(pipe):
     pipe.send(address_of(outbox).encode())
     address = Address.decode(pipe.recv())
     mesh = Mesh(outbox, [address, address_of(outbox)], 1, ["R0", "R1"])
-    mesh.send(0, message(9))
+    mesh.send([(0, message(9))])
     pipe.send("sent")
     mesh.receive(0, torch.empty(1, dtype=torch.uint8), soon(100.0))
 
@@ -282,7 +304,7 @@ def test_nothing_is_left_open():
     before = open_files()
     for _ in range(5):
         with meshes(3) as made:
-            made[0].send(1, torch.ones(100_000, dtype=torch.uint8))
+            made[0].send([(1, torch.ones(100_000, dtype=torch.uint8))])
             made[1].receive(0, torch.empty(100_000, dtype=torch.uint8), soon())
     assert open_files() == before
     assert not [thread for thread in threading.enumerate() if thread.name == "peer-watch"]
