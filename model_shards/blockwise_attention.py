@@ -63,32 +63,29 @@ class BlockwiseAttention:
             self._decode(layer, queries, plan, kv_cache, up, out)
         for span in plan.prefills:
             tokens = slice(span.start, span.stop)
-            self._attend_span(layer, queries[tokens], span, kv_cache, up, out[tokens])
+            if self.absorbing_is_less(span.stop - span.start, span.context):
+                self._absorbed(layer, queries[tokens], span, kv_cache, up, out[tokens])
+            else:
+                self._expanded(layer, queries[tokens], span, kv_cache, up, out[tokens])
         return out
 
-    def attend_span(
+    def decode(
+        self, layer: int, queries: torch.Tensor, plan: AttentionPlan, kv_cache: LatentKVCache, up: UpProjections
+    ) -> torch.Tensor:
+        """`attend` of the decodes alone: queries [D, N, P + O] -> [D, N, V]."""
+        out = queries.new_empty((queries.shape[0], self._num_heads, self._v_dim))
+        self._decode(layer, queries, plan, kv_cache, up, out)
+        return out
+
+    def absorbed(
         self, layer: int, queries: torch.Tensor, span: PrefillSpan, kv_cache: LatentKVCache, up: UpProjections
     ) -> torch.Tensor:
-        """`attend` of one chunk: queries [Q, N, P + O] -> [Q, N, V]."""
+        """`attend` of one chunk whose context is not expanded: queries [Q, N, P + O] -> [Q, N, V]."""
         out = queries.new_empty((queries.shape[0], self._num_heads, self._v_dim))
-        self._attend_span(layer, queries, span, kv_cache, up, out)
+        self._absorbed(layer, queries, span, kv_cache, up, out)
         return out
 
-    def _attend_span(
-        self,
-        layer: int,
-        queries: torch.Tensor,
-        span: PrefillSpan,
-        kv_cache: LatentKVCache,
-        up: UpProjections,
-        out: torch.Tensor,
-    ) -> None:
-        if self._absorbing_is_less(span.stop - span.start, span.context):
-            self._absorbed(layer, queries, span, kv_cache, up, out)
-        else:
-            self._expanded(layer, queries, span, kv_cache, up, out)
-
-    def _absorbing_is_less(self, new: int, context: int) -> bool:
+    def absorbing_is_less(self, new: int, context: int) -> bool:
         """Multiplications of a head: taking the queries to the latents, against expanding the context."""
         expand = self._kv_lora_rank * (self._nope_dim + self._v_dim)
         wide = 2 * self._kv_lora_rank + self._rope_dim

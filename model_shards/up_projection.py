@@ -61,7 +61,8 @@ class DenseUpProjections:
 class PackedUpProjections:
     """Laid out for the CPU at hand, in bfloat16; W_UK once for each way that it is multiplied."""
 
-    def __init__(self, dense: DenseUpProjections, instructions: Instructions) -> None:
+    def __init__(self, dense: DenseUpProjections, instructions: Instructions, expands: bool = True) -> None:
+        """Without `expands` there is no `expand_keys`, and no copy of W_UK for it."""
         self._operand = instructions.operand_dtype
         self.absorbing = PackedMatrices(dense.w_uk.transpose(1, 2), instructions)  # N of [R, P]
         self._keys = PackedMatrices(dense.w_uk, instructions)  # N of [P, R]
@@ -79,6 +80,7 @@ class PackedUpProjections:
 
     def expand_keys(self, kv_c: torch.Tensor, heads: slice, out: torch.Tensor) -> None:
         """See `UpProjections`."""
+        assert self._keys is not None, "laid out to be expanded"
         self._keys.multiply_each(kv_c.to(self._operand), heads, out.flatten(0, 1))
 
     def expand_values(self, kv_c: torch.Tensor, heads: slice, out: torch.Tensor) -> None:

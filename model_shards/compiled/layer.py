@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from model_shards.config import ModelConfig
+from model_shards.kernels import prefill_attention
 from model_shards.kernels.builder import LANES
 from model_shards.kernels.grouped_product import PackedMatrices
 from model_shards.kernels.instructions import Instructions
+from model_shards.kernels.prefill_ir import HeadShape
 from model_shards.kernels.routing import Choice
 from model_shards.linear import release
 from model_shards.mla import MultiHeadLatentAttention
@@ -39,6 +41,7 @@ class LayerWeights:
     q_b: PackedMatrices | None  # [N * (P + O), Q]
     latent_norm: RMSNorm  # [R]
     up: PackedUpProjections
+    w_uk: torch.Tensor  # [N, P, R], as prefills multiply it
     output: PackedMatrices  # [H, N * V]
     post_norm: RMSNorm
     gate: GateWeights | None  # None: a dense layer
@@ -57,9 +60,15 @@ def serves(config: ModelConfig, instructions: Instructions) -> bool:
     tiles = [config.kv_lora_rank, config.v_head_dim]
     return (
         not config.attention_bias
+        and prefill_attention.serves(head_shape(config))
         and all(size % LANES == 0 for size in vectors)
         and all(size % instructions.width == 0 for size in tiles)
     )
+
+
+def head_shape(config: ModelConfig) -> HeadShape:
+    """Sizes of a head of this model."""
+    return HeadShape(config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank, config.v_head_dim)
 
 
 def pack_layer(
@@ -78,9 +87,9 @@ def pack_layer(
             release(weight)
         return matrices
 
-    up = PackedUpProjections(
-        split_heads(attention.kv_b_proj.weight.data, config.num_attention_heads, config.qk_nope_head_dim), instructions
-    )
+    dense_up = split_heads(attention.kv_b_proj.weight.data, config.num_attention_heads, config.qk_nope_head_dim)
+    up = PackedUpProjections(dense_up, instructions, expands=False)
+    w_uk = dense_up.w_uk.contiguous()
     release(attention.kv_b_proj.weight)
     queries = attention.q_a_proj if attention.q_lora else attention.q_proj
     dense = mlp if isinstance(mlp, MLP) else mlp.shared_experts
@@ -91,6 +100,7 @@ def pack_layer(
         q_b=packed(attention.q_b_proj.weight) if attention.q_lora else None,
         latent_norm=attention.kv_a_layernorm,
         up=up,
+        w_uk=w_uk,
         output=packed(attention.o_proj.weight),
         post_norm=post_norm,
         gate=_gate(config, mlp) if isinstance(mlp, MoE) else None,

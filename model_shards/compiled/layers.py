@@ -3,6 +3,7 @@
 Shapes: T tokens of one micro-batch, H hidden size.
 """
 
+import functools
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -13,11 +14,12 @@ from model_shards.attention_plan import AttentionPlan
 from model_shards.batch import AttentionBatch
 from model_shards.blockwise_attention import BlockwiseAttention
 from model_shards.compiled.lane import Lane
-from model_shards.compiled.layer import LayerWeights
+from model_shards.compiled.layer import LayerWeights, head_shape
 from model_shards.config import ModelConfig
+from model_shards.kernels.prefill_attention import PrefillAttention
 from model_shards.kv_cache import LatentKVCache
 from model_shards.norm import RMSNorm
-from model_shards.rope import apply_rotary
+from model_shards.rope import apply_rotary, attention_scale
 from model_shards.routed import RoutedExperts
 
 # Threads are woken for no less than this much of a layer's weights.
@@ -33,6 +35,8 @@ class CompiledLayers:
         self._layers = layers
         self._last_norm = last_norm
         self._core = BlockwiseAttention(config)
+        self._head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+        self._prefill = PrefillAttention(head_shape(config), config.num_attention_heads, attention_scale(config))
         self._uses_team = layers[0].first.nbytes + layers[0].output.nbytes >= _BYTES_OF_A_TEAM
         self._free: list[Lane] = []
 
@@ -76,20 +80,24 @@ class CompiledLayers:
             lane.whole(index, threads)
             return
         lane.enter(index, threads)
-        config = self._config
-        heads, value_dim = config.num_attention_heads, config.v_head_dim
-        queries = lane.rows("queries").view(-1, heads, config.qk_nope_head_dim + config.qk_rope_head_dim)
-        attended = lane.rows("attended").view(-1, heads, value_dim)
-        up = self._layers[index].up
-        if lane.writes_cache:
-            if plan.num_decodes:
-                lane.attend(index, threads)
-            for span in plan.prefills:
-                tokens = slice(span.start, span.stop)
-                attended[tokens] = self._core.attend_span(index, queries[tokens].float(), span, kv_cache, up)
-        else:
+        if not lane.writes_cache:
             self._write_latents(lane, index, rotary, batch, kv_cache)
-            attended.copy_(self._core.attend(index, queries.float(), plan, kv_cache, up))
+        config, layer, decodes = self._config, self._layers[index], plan.num_decodes
+        queries = lane.rows("queries").view(-1, config.num_attention_heads, self._head_dim)
+        attended = lane.rows("attended").view(-1, config.num_attention_heads, config.v_head_dim)
+        if decodes and lane.writes_cache:
+            lane.attend(index, threads)
+        elif decodes:
+            attended[:decodes] = self._core.decode(index, queries[:decodes].float(), plan, kv_cache, layer.up)
+        for span in plan.prefills:
+            tokens = slice(span.start, span.stop)
+            if self._core.absorbing_is_less(span.stop - span.start, span.context):
+                attended[tokens] = self._core.absorbed(index, queries[tokens].float(), span, kv_cache, layer.up)
+                continue
+            latents = functools.partial(_latents, kv_cache, index, span.slots)
+            self._prefill.attend(
+                queries[tokens], latents, span.context, layer.w_uk, layer.up.valuing, attended[tokens], threads
+            )
         lane.leave(index, threads)
 
     def _write_latents(
@@ -119,3 +127,8 @@ class CompiledLayers:
             yield lane
         finally:
             self._free.append(lane)
+
+
+def _latents(kv_cache: LatentKVCache, layer: int, slots: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """[stop - start, R + O] of a context."""
+    return kv_cache.gather(layer, slots[start:stop])

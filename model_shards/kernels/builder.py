@@ -8,12 +8,16 @@ Addresses are integers (i64), in bytes. Every kernel that is built here is of ve
 whole numbers of them.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from enum import Enum
 from typing import Any, TypeAlias
 
 from llvmlite import ir
+
+from model_shards.kernels.instructions import Instructions
+from model_shards.kernels.product_ir import DECLARATIONS, tiles
 
 LANES = 16
 
@@ -48,7 +52,9 @@ Value: TypeAlias = Any  # ir.Value: the library has no types
 class Builder:
     """Builds `void share(ptr arguments, i64 first, i64 step)` (model_shards.kernels.machine_code)."""
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], instructions: Instructions | None = None) -> None:
+        """`instructions`: of the products of tiles in it, if there are any."""
+        self._instructions = instructions
         self._module = ir.Module()
         kind = ir.FunctionType(ir.VoidType(), (_POINTER, I64, I64))
         self._function = ir.Function(self._module, kind, "share")
@@ -66,7 +72,15 @@ class Builder:
         """The module's text; nothing can be added afterwards."""
         self.ir.ret_void()
         ir.IRBuilder(self._entry).branch(self._body)
-        return str(self._module)
+        # The machine is chosen when it is compiled.
+        lines = [line for line in str(self._module).splitlines() if not line.startswith("target ")]
+        if self._instructions is None:
+            return "\n".join(lines)
+        products = "\n".join([DECLARATIONS, *tiles(self._instructions)])
+        # Nothing can be declared twice, or where it is defined.
+        declared = re.compile(r'declare .*@"([^"]+)"')
+        kept = [line for line in lines if not ((found := declared.match(line)) and f"@{found[1]}(" in products)]
+        return "\n".join([products, *kept])
 
     # --- control ------------------------------------------------------------------------------------------------
 
@@ -156,6 +170,40 @@ class Builder:
 
     def _pointer(self, address: Value) -> Value:
         return self.ir.inttoptr(address, _POINTER)
+
+    # --- products -----------------------------------------------------------------------------------------------
+
+    def tile_rows(
+        self, count: Value, x: Value, x_row: Value, tile: Value, words: Value, out: Value, out_row: Value
+    ) -> None:
+        """`count` rows of bfloat16 times one laid-out tile (model_shards.kernels.product_ir), into rows of float32."""
+        assert self._instructions is not None, "said at the start"
+        most = self._instructions.rows
+        whole = self.ir.sub(count, self.ir.srem(count, self.const(most)))
+
+        def multiply(row: Value, rows: int) -> None:
+            nothing = ir.Constant(_POINTER, None)
+            places = [
+                self._pointer(address) for address in (self.at(x, (row, x_row)), tile, self.at(out, (row, out_row)))
+            ]
+            self._call(f"tile_{rows}", ir.VoidType(), (*places, words, x_row, out_row, nothing, nothing, nothing))
+
+        with self.loop(whole, step=most) as row:
+            multiply(row, most)
+        after = self._function.append_basic_block()
+        switch = self.ir.switch(self.ir.sub(count, whole), after)
+        for rows in range(1, most):
+            case = self._function.append_basic_block()
+            switch.add_case(self.const(rows), case)
+            self.ir.position_at_end(case)
+            multiply(whole, rows)
+            self.ir.branch(after)
+        self.ir.position_at_end(after)
+
+    def store_words(self, address: Value, first: Value, second: Value) -> None:
+        """Sixteen words of two bfloat16 each: a lane of `first`, and one of `second`."""
+        low, high = (self.ir.zext(self._rounded(value), _WORDS) for value in (first, second))
+        self.ir.store(self.ir.or_(low, self.ir.shl(high, self._words(16))), self._pointer(address), align=4)
 
     # --- one float ----------------------------------------------------------------------------------------------
 
@@ -247,6 +295,15 @@ class Builder:
         for coefficient in reversed(_EXP_COEFFICIENTS[:-1]):
             value = self.fma(value, part, self.numbers(coefficient))
         return build.fmul(value, exponent)
+
+    def first_lanes(self, count: Value, vector: Value, other: Value) -> Value:
+        """Of `vector` the first `count` lanes, any i64, and of `other` the rest."""
+        lanes = ir.Constant(_WORDS, [ir.Constant(I32, lane) for lane in range(LANES)])
+        clamped = self.ir.trunc(self.smaller(count, self.const(LANES)), I32)
+        undefined = ir.Constant(_WORDS, ir.Undefined)
+        counts = self.ir.insert_element(undefined, clamped, ir.Constant(I32, 0))
+        counts = self.ir.shuffle_vector(counts, undefined, ir.Constant(_WORDS, [0] * LANES))
+        return self.ir.select(self.ir.icmp_signed("<", lanes, counts), vector, other)
 
     def larger(self, a: Value, b: Value) -> Value:
         """Lane by lane."""

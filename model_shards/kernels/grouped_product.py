@@ -54,7 +54,7 @@ class PackedMatrices:
 
     def __init__(self, weight: torch.Tensor, instructions: Instructions) -> None:
         """Copies weight [E, O, I] of `instructions.weight_dtype`."""
-        self._how = instructions
+        self.instructions = instructions
         self.num_outputs, self._num_inputs = weight.shape[1:]
         self._tiles = -(-self.num_outputs // instructions.width)
         self._words = -(-self._num_inputs // instructions.word_inputs)
@@ -63,7 +63,7 @@ class PackedMatrices:
     @property
     def padded_outputs(self) -> int:
         """O, rounded up to whole tiles."""
-        return self._tiles * self._how.width
+        return self._tiles * self.instructions.width
 
     def multiply(self, x: torch.Tensor, counts: Sequence[int], out: torch.Tensor | None = None) -> torch.Tensor:
         """[P, I] -> [P, O] float32: the first counts[0] rows by matrix 0, and so on.
@@ -92,9 +92,9 @@ class PackedMatrices:
         shared: bool = False,
         scaling: Scaling | None = None,
     ) -> torch.Tensor:
-        assert x.dtype is self._how.operand_dtype, "x is laid out for these instructions"
-        assert (scaling is not None) == (self._how.arithmetic is Arithmetic.INTEGER), "integers are scaled"
-        missing = self._words * self._how.word_inputs - self._num_inputs
+        assert x.dtype is self.instructions.operand_dtype, "x is laid out for these instructions"
+        assert (scaling is not None) == (self.instructions.arithmetic is Arithmetic.INTEGER), "integers are scaled"
+        missing = self._words * self.instructions.word_inputs - self._num_inputs
         x = F.pad(x, (0, missing)) if missing else x.contiguous()
         # Whole tiles are written: past O there must be room that nobody uses.
         direct = out is not None and self.padded_outputs == self.num_outputs and out.stride(-1) == 1
@@ -132,7 +132,7 @@ class PackedMatrices:
         """
         first, stop, _ = matrices.indices(len(self._packed))
         return Call(
-            _code(self._how, narrow),
+            _code(self.instructions, narrow),
             ARGUMENTS,
             x=x.address,
             x_row=x.row,
@@ -154,16 +154,21 @@ class PackedMatrices:
         )
 
     @property
+    def address(self) -> int:
+        """Of the first matrix."""
+        return self._packed.data_ptr()
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all matrices."""
         return self._packed.nbytes
 
     @property
     def _matrix_bytes(self) -> int:
-        return self._tiles * self._words * self._how.width * 4
+        return self._tiles * self._words * self.instructions.width * 4
 
     def _lay_out(self, weight: torch.Tensor) -> torch.Tensor:
-        how = self._how
+        how = self.instructions
         packed = torch.empty(weight.shape[0], self._tiles, self._words, how.width, dtype=torch.int32)
         missing = (0, self._words * how.word_inputs - self._num_inputs, 0, self.padded_outputs - self.num_outputs)
         for matrix, place in zip(weight, packed, strict=True):

@@ -97,6 +97,11 @@ def in_parts(
     return torch.cat(logits)
 
 
+def usual_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """The median over tokens of the relative error of their logits."""
+    return float(((logits - expected).norm(dim=1) / expected.norm(dim=1)).median())
+
+
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_logits_are_as_near_to_float32_as_those_of_the_modules(branch: str) -> None:
     pair = Pair(**BRANCHES[branch])
@@ -107,8 +112,9 @@ def test_logits_are_as_near_to_float32_as_those_of_the_modules(branch: str) -> N
     sizes = [20, 5, 9, *[1] * 6]
     plain = in_parts(pair.plain, pair.routed, tokens, sizes, new_cache(pair.plain, 10))
     compiled = in_parts(pair.compiled, pair.routed, tokens, sizes, new_cache(pair.compiled, 10))
-    assert relative_error(compiled, expected) < 0.03
-    assert relative_error(compiled, expected) < 1.2 * relative_error(plain, expected)
+    # Of the usual token: a near tie in the gate, decided otherwise, changes one token's logits altogether.
+    assert usual_error(compiled, expected) < 0.03
+    assert usual_error(compiled, expected) < 1.4 * usual_error(plain, expected)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +199,7 @@ def test_any_chunks_give_the_logits_of_the_whole_prompt(whole: Pair, sizes: list
     expected = hf_logits(whole.reference, tokens)
     cache = new_cache(whole.compiled, 25)  # another each time: programs have the old one's address
     logits = in_parts(whole.compiled, whole.routed, tokens, sizes, cache)
-    assert relative_error(logits, expected) < 0.06
+    assert usual_error(logits, expected) < 0.04
 
 
 @pytest.mark.parametrize("quantization", Quantization)
@@ -202,9 +208,9 @@ def test_a_quantized_cache_is_written_and_read_by_torch(whole: Pair, quantizatio
     sizes = [20, 14, *[1] * 6]
     expected = hf_logits(whole.reference, tokens)
     logits = in_parts(whole.compiled, whole.routed, tokens, sizes, new_cache(whole.compiled, 10, quantization))
-    assert relative_error(logits, expected) < 0.1
+    assert usual_error(logits, expected) < 0.1
     plain = in_parts(whole.plain, whole.routed, tokens, sizes, new_cache(whole.plain, 10, quantization))
-    assert relative_error(logits, expected) < 1.5 * relative_error(plain, expected)
+    assert usual_error(logits, expected) < 1.4 * usual_error(plain, expected)
 
 
 def test_a_token_that_is_not_finite_spoils_its_own_sequence_alone(whole: Pair) -> None:
