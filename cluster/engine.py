@@ -158,7 +158,8 @@ class Engine:
                 for batch, experts in zip(step.micro_batches, routed, strict=True)
                 if experts is not None
             ]
-            logits = torch.cat(run_micro_batches(steps))  # [R, V]
+            parts = run_micro_batches(steps)
+            logits = parts[0] if len(parts) == 1 else torch.cat(parts)  # [R, V]
             tokens = sample(logits, rows)
         return SampledStep(tokens, self._clock() - begun)
 

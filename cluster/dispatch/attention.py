@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from cluster.dispatch.base import StepPlan
-from cluster.dispatch.compiled_rows import CompiledPack, can_sum, compiled_sum
+from cluster.dispatch.compiled_rows import CompiledPack, CompiledSum, can_sum
 from cluster.dispatch.layout import DispatchSegments, RowShape, local_id_table, pack_rows, sum_rows
 from cluster.dispatch.order import Direction, Exchange
 from cluster.dispatch.transport import BufferPool, Flight, Lane, Link
@@ -29,12 +29,13 @@ class _Slot:
 
 
 class ExpertTables:
-    """The placement as a tensor, and the rows sent so far."""
+    """The placement as a tensor, what packs and adds up by it, and the rows sent so far. For one thread."""
 
     def __init__(self, placement: ExpertPlacement, device: torch.device) -> None:
         self._local_ids = local_id_table(placement, device)
         self._rows_sent = torch.zeros(placement.num_shards, dtype=torch.int64, device=device)
         self._compiled = CompiledPack(self._local_ids, self._rows_sent) if device.type == "cpu" else None
+        self._sum = CompiledSum()
 
     def pack(
         self, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, segments: DispatchSegments
@@ -44,6 +45,10 @@ class ExpertTables:
             self._compiled.pack(hidden, topk_ids, topk_weights, segments)
             return
         self._rows_sent += pack_rows(self._local_ids, hidden, topk_ids, topk_weights, segments)
+
+    def add_up(self, returned: torch.Tensor) -> torch.Tensor:
+        """See `sum_rows`."""
+        return self._sum.sum(returned) if can_sum(returned) else sum_rows(returned)
 
     @property
     def rows_sent(self) -> tuple[int, ...]:
@@ -127,14 +132,24 @@ class _Routed:
         if slot.outgoing is not None:
             self._tables.pack(hidden, topk_ids, topk_weights, slot.outgoing)
         flight = self._link.post(Exchange(Direction.DISPATCH, layer, self._micro_batch), slot.dispatch)
-        return _Away(self._link, Exchange(Direction.COMBINE, layer, self._micro_batch), slot, flight, hidden)
+        combine = Exchange(Direction.COMBINE, layer, self._micro_batch)
+        return _Away(self._link, self._tables, combine, slot, flight, hidden)
 
 
 class _Away:
     """`PendingCombine` of one layer and micro-batch."""
 
-    def __init__(self, link: Link, combine: Exchange, slot: _Slot, dispatched: Flight, hidden: torch.Tensor) -> None:
+    def __init__(
+        self,
+        link: Link,
+        tables: ExpertTables,
+        combine: Exchange,
+        slot: _Slot,
+        dispatched: Flight,
+        hidden: torch.Tensor,
+    ) -> None:
         self._link = link
+        self._tables = tables
         self._combine = combine
         self._slot = slot
         self._dispatched = dispatched
@@ -145,9 +160,4 @@ class _Away:
         self._dispatched.wait()
         self._link.post(self._combine, self._slot.combine).wait()
         returning = self._slot.returning
-        return torch.empty_like(self._hidden) if returning is None else add_up(returning)
-
-
-def add_up(returned: torch.Tensor) -> torch.Tensor:
-    """`sum_rows`, the fastest way that there is."""
-    return compiled_sum(returned) if can_sum(returned) else sum_rows(returned)
+        return torch.empty_like(self._hidden) if returning is None else self._tables.add_up(returning)

@@ -155,20 +155,30 @@ def can_sum(returned: torch.Tensor) -> bool:
     return returned.device.type == "cpu" and returned.dtype in _KINDS and returned.shape[2] % LANES == 0
 
 
-def compiled_sum(returned: torch.Tensor) -> torch.Tensor:
-    """`layout.sum_rows`: [N, T, H], parts that may lie apart, to [T, H]."""
-    count, rows, size = returned.shape
-    assert returned[0].is_contiguous(), "rows of a part lie one after another"
-    out = torch.empty(rows, size, dtype=returned.dtype)
-    call = Call(
-        _sum(_KINDS[returned.dtype]),
-        SUM_ARGUMENTS,
-        rows=rows,
-        parts=returned.data_ptr(),
-        part_bytes=returned.stride(0) * returned.element_size(),
-        count=count,
-        out=out.data_ptr(),
-        size=size,
-    )
-    call.run(torch.get_num_threads() if rows >= _ROWS_OF_A_TEAM else 1)
-    return out
+class CompiledSum:
+    """`layout.sum_rows` of parts that `can_sum`. For one thread."""
+
+    def __init__(self) -> None:
+        self._calls: dict[torch.dtype, Call] = {}
+
+    def sum(self, returned: torch.Tensor) -> torch.Tensor:
+        """[N, T, H], parts that may lie apart, to [T, H]."""
+        count, rows, size = returned.shape
+        assert returned[0].is_contiguous(), "rows of a part lie one after another"
+        out = torch.empty(rows, size, dtype=returned.dtype)
+        call = self._call(returned.dtype)
+        call.set(
+            rows=rows,
+            parts=returned.data_ptr(),
+            part_bytes=returned.stride(0) * returned.element_size(),
+            count=count,
+            out=out.data_ptr(),
+            size=size,
+        )
+        call.run(torch.get_num_threads() if rows >= _ROWS_OF_A_TEAM else 1)
+        return out
+
+    def _call(self, dtype: torch.dtype) -> Call:
+        if dtype not in self._calls:
+            self._calls[dtype] = Call(_sum(_KINDS[dtype]), SUM_ARGUMENTS, **dict.fromkeys(SUM_ARGUMENTS, 0))
+        return self._calls[dtype]

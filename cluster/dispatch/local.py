@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cluster.dispatch.attention import ExpertTables, add_up
+from cluster.dispatch.attention import ExpertTables
 from cluster.dispatch.base import ExpertCompute, StepPlan
 from cluster.dispatch.expert import RowBatch
 from cluster.dispatch.layout import RowShape
@@ -66,7 +66,7 @@ class _LocalRouted:
         for shard, sent, sums in zip(self._shards, out.chunk(count), back.chunk(count), strict=True):
             segment = shape.dispatch_segment(sent, num_tokens)
             RowBatch((segment,), (shape.combine_segment(sums, num_tokens),), self._pool, "batch").compute(layer, shard)
-        return _Back(add_up(shape.combine_segments(back, num_tokens, count)))
+        return _Back(self._tables.add_up(shape.combine_segments(back, num_tokens, count)))
 
 
 @dataclass(frozen=True)

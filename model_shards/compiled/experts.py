@@ -7,6 +7,7 @@ Shapes: R rows received, K expert slots per row, H hidden size, I moe_intermedia
 What is computed, and in which order it is summed, is `model_shards.experts`'.
 """
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ class CompiledExperts:
         self._quantized = isinstance(layers[0].gate_up, PackedInt8)
         operand = torch.uint8 if self._quantized else torch.bfloat16
         self._counts = torch.zeros(2, experts, dtype=torch.int64)  # of each expert's rows, and where they end
-        self._numbers = torch.zeros(3, dtype=torch.int64)  # R, R * K, P
+        self._numbers = (ctypes.c_int64 * 3)()  # R, R * K, P
         self._slots = Arena({"places": Array(torch.int64, 1)})
         self._pairs = Arena(
             {
@@ -94,10 +95,10 @@ class CompiledExperts:
         out = torch.empty_like(hidden)
         self._slots.make_room(num_rows * top_k)
         places = self._slots.address("places")
-        self._numbers[:2] = torch.tensor((num_rows, num_rows * top_k))
+        self._numbers[0], self._numbers[1] = num_rows, num_rows * top_k
         self._sort.set(local_ids=local_ids.data_ptr(), places=places)
         self._sort.run(1)
-        if self._pairs.make_room(int(self._numbers[2])):
+        if self._pairs.make_room(self._numbers[2]):
             self._build()
         self._gather.set(hidden=hidden.data_ptr(), places=places, top_k=top_k)
         self._sum.set(weights=weights.data_ptr(), out=out.data_ptr(), places=places, top_k=top_k)
@@ -139,7 +140,7 @@ class CompiledExperts:
         )
 
     def _number(self, index: int) -> int:
-        return self._numbers[index].data_ptr()
+        return ctypes.addressof(self._numbers) + 8 * index
 
 
 def serves(hidden: int, width: int) -> bool:

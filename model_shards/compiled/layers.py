@@ -22,6 +22,8 @@ from model_shards.norm import RMSNorm
 from model_shards.rope import apply_rotary, attention_scale
 from model_shards.routed import RoutedExperts
 
+# With so many, experts take long enough for the kernel to share the cores out: the whole team is the faster then.
+_MANY_TOKENS = 256
 # Threads are woken for no less than this much of a layer's weights.
 _BYTES_OF_A_TEAM = 2**18
 
@@ -59,7 +61,7 @@ class CompiledLayers:
                     continue
                 ids, weights = lane.rows("expert_ids"), lane.rows("expert_weights")
                 pending = routed.dispatch(index, lane.rows("normed"), ids, weights)
-                lane.mlp(index, self._threads(self.meanwhile_threads))
+                lane.mlp(index, self._threads(None if batch.num_tokens >= _MANY_TOKENS else self.meanwhile_threads))
                 yield
                 summed = pending.wait()
                 lane.add_routed(index + 1, summed)

@@ -21,7 +21,8 @@ def can_decode(cache: torch.Tensor, rank: int) -> bool:
     """Whether `decode_attention` serves this layer of a cache, [B, block_size, R + O], on this machine."""
     if cache.device.type != "cpu" or cache.dtype is not torch.bfloat16 or not _has_instructions():
         return False
-    return cache.shape[1] <= MAX_BLOCK_SIZE and cache.shape[2] % 2 == 0 and rank % HEADS == 0
+    block_size, width = cache.shape[1:]
+    return block_size % 2 == 0 and block_size <= MAX_BLOCK_SIZE and width % 2 == 0 and rank % HEADS == 0
 
 
 def decode_attention(
@@ -34,7 +35,7 @@ def decode_attention(
 ) -> torch.Tensor:
     """softmax(scale * q.c) c over the first R elements of each context's latents: [D, N, R] bfloat16.
 
-    All between is float32.
+    Probabilities are rounded to bfloat16, too; all sums are float32.
     """
     assert latent_queries.is_contiguous(), "heads lie one after another"
     count, _, rank = latent_queries.shape

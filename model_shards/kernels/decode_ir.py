@@ -8,8 +8,8 @@ twice, with the softmax that `model_shards.softmax_blocks` explains:
 
     queries [W, 16]        word by word, a matrix of 16 outputs for product_ir's tiles
     scores [tokens, 16]    latent rows times the queries
-    p                      exp(scale * (scores - largest)), sixteen heads in one register
-    mixed [16, R]          each element of a latent times p of sixteen heads
+    p                      exp(scale * (scores - largest)), sixteen heads in one register, rounded to bfloat16
+    mixed [16, R]          each element of two latents times p of sixteen heads
 """
 
 import struct
@@ -32,7 +32,7 @@ ARGUMENTS = (
     "rope_sequence",  # bytes from sequence to sequence
     "cache",  # address of one layer's first row
     "words",  # W
-    "block_size",  # tokens; at most _CHUNK_TOKENS
+    "block_size",  # tokens, an even number; at most _CHUNK_TOKENS
     "tables",  # address of int64 [D, ...], a sequence's blocks
     "table_row",  # bytes from sequence to sequence
     "lengths",  # address of int64 [D], L of each
@@ -45,6 +45,7 @@ MAX_BLOCK_SIZE = _CHUNK_TOKENS
 
 _F = f"<{HEADS} x float>"
 _I = f"<{HEADS} x i32>"
+_B = f"<{2 * HEADS} x bfloat>"
 
 
 def decode_ir() -> str:
@@ -55,6 +56,16 @@ def decode_ir() -> str:
 
 def _splat(name: str, scalar: str, kind: str = "float") -> str:
     return splat(name, scalar, kind, HEADS)
+
+
+def _words_of(name: str, low: str, high: str) -> str:
+    """%name: two vectors of sixteen halves lane by lane in one word each."""
+    return f"""
+  %{name}_low = zext <{HEADS} x i16> {low} to {_I}
+  %{name}_high = zext <{HEADS} x i16> {high} to {_I}
+{_splat(f"{name}_half", "16", "i32")}
+  %{name}_up = shl {_I} %{name}_high, %{name}_half
+  %{name} = or {_I} %{name}_low, %{name}_up"""
 
 
 _DECLARATIONS = f"""
@@ -182,7 +193,7 @@ done:
 
 
 def _softmax() -> str:
-    """Of one chunk: scores become p. Returns by way of `state` [3, 16]: the largest score and the total so far, which
+    """Of one chunk: scores become p, two tokens a word of bfloat16, without weight past the end. Returns by way of `state` [3, 16]: the largest score and the total so far, which
     are brought up to date, and what the former sums shrink by."""
     return f"""
 define internal void @softmax(ptr %scores, i64 %tokens, ptr %state, float %scale) #0 {{
@@ -229,6 +240,31 @@ done:
   %kept = fmul {_F} %total_before, %shrink
   %total = fadd {_F} %kept, %sum_next
   store {_F} %total, ptr %total_at, align 64
+  br label %pair
+pair:
+  %t = phi i64 [0, %done], [%t_next, %pair]
+  %first_off = mul i64 %t, 64
+  %first_at = getelementptr i8, ptr %scores, i64 %first_off
+  %first_p = load {_F}, ptr %first_at, align 64
+  %t_second = add nuw i64 %t, 1
+  %has_second = icmp ult i64 %t_second, %tokens
+  %second_off = add i64 %first_off, 64
+  %second_there = select i1 %has_second, i64 %second_off, i64 %first_off
+  %second_at = getelementptr i8, ptr %scores, i64 %second_there
+  %second_any = load {_F}, ptr %second_at, align 64
+  %second_p = select i1 %has_second, {_F} %second_any, {_F} zeroinitializer
+  %first_b = call <{HEADS} x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512({_F} %first_p)
+  %second_b = call <{HEADS} x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512({_F} %second_p)
+  %first_h = bitcast <{HEADS} x bfloat> %first_b to <{HEADS} x i16>
+  %second_h = bitcast <{HEADS} x bfloat> %second_b to <{HEADS} x i16>
+{_words_of("pair_words", "%first_h", "%second_h")}
+  %words_off = mul i64 %t, 32
+  %words_at = getelementptr i8, ptr %scores, i64 %words_off
+  store {_I} %pair_words, ptr %words_at, align 64
+  %t_next = add nuw i64 %t, 2
+  %t_more = icmp ult i64 %t_next, %tokens
+  br i1 %t_more, label %pair, label %out
+out:
   ret void
 }}"""
 
@@ -244,9 +280,10 @@ def _mix() -> str:
     outer = "\n".join(f"  %o{h} = phi {_F} [%begun{h}, %entry], [%n{h}, %block_done]" for h in heads)
     inner = "\n".join(f"  %a{h} = phi {_F} [%o{h}, %block], [%n{h}, %row]" for h in heads)
     adds = "\n".join(
-        f"  %p_at{h} = getelementptr i8, ptr %p_row, i64 {4 * h}\n  %p{h} = load float, ptr %p_at{h}, align 4\n"
-        + _splat(f"w{h}", f"%p{h}")
-        + f"\n  %n{h} = call {_F} @llvm.fma.v16f32({_F} %latent, {_F} %w{h}, {_F} %a{h})"
+        f"  %p_at{h} = getelementptr i8, ptr %p_row, i64 {4 * h}\n  %p{h} = load i32, ptr %p_at{h}, align 4\n"
+        + _splat(f"w{h}", f"%p{h}", "i32")
+        + f"\n  %b{h} = bitcast {_I} %w{h} to {_B}"
+        + f"\n  %n{h} = call {_F} @llvm.x86.avx512bf16.dpbf16ps.512({_F} %a{h}, {_B} %latents, {_B} %b{h})"
         for h in heads
     )
     stores = "\n".join(f"  store {_F} %n{h}, ptr %at{h}, align 4" for h in heads)
@@ -255,7 +292,6 @@ define internal void @mix(ptr %sums, i64 %head_bytes, i64 %cache, i64 %row_bytes
                           i64 %tokens, ptr %scores) #0 {{
 entry:
   %block_bytes = mul i64 %row_bytes, %block_size
-{_splat("sixteen", "16", "i32")}
 {loads}
   br label %block
 block:
@@ -275,15 +311,20 @@ row:
   %x_i = phi i64 [%block_i, %block], [%x_next, %row]
 {inner}
   %x = inttoptr i64 %x_i to ptr
-  %narrow = load <{HEADS} x i16>, ptr %x, align 2
-  %wide = zext <{HEADS} x i16> %narrow to {_I}
-  %upper = shl {_I} %wide, %sixteen
-  %latent = bitcast {_I} %upper to {_F}
-  %p_off = mul i64 %token, 64
+  %second = add nuw i64 %token, 1
+  %has_second = icmp ult i64 %second, %end
+  %y_there = add i64 %x_i, %row_bytes
+  %y_i = select i1 %has_second, i64 %y_there, i64 %x_i
+  %y = inttoptr i64 %y_i to ptr
+  %x_halves = load <{HEADS} x i16>, ptr %x, align 2
+  %y_halves = load <{HEADS} x i16>, ptr %y, align 2
+{_words_of("latent_words", "%x_halves", "%y_halves")}
+  %latents = bitcast {_I} %latent_words to {_B}
+  %p_off = mul i64 %token, 32
   %p_row = getelementptr i8, ptr %scores, i64 %p_off
 {adds}
-  %token_next = add nuw i64 %token, 1
-  %x_next = add i64 %x_i, %row_bytes
+  %token_next = add nuw i64 %token, 2
+  %x_next = add i64 %y_there, %row_bytes
   %row_more = icmp ult i64 %token_next, %end
   br i1 %row_more, label %row, label %block_done
 block_done:

