@@ -22,8 +22,6 @@ from model_shards.norm import RMSNorm
 from model_shards.rope import apply_rotary, attention_scale
 from model_shards.routed import RoutedExperts
 
-# With so many, experts take long enough for the kernel to share the cores out: the whole team is the faster then.
-_MANY_TOKENS = 256
 # Threads are woken for no less than this much of a layer's weights.
 _BYTES_OF_A_TEAM = 2**18
 
@@ -32,7 +30,8 @@ class CompiledLayers:
     """What `model_shards.model.DecoderStack` computes between the embedding and the logits."""
 
     def __init__(self, config: ModelConfig, layers: Sequence[LayerWeights], last_norm: RMSNorm) -> None:
-        self.meanwhile_threads: int | None = None  # most threads while the routed experts compute
+        # Threads that are left while the routed experts compute; fewer than this rank has: they share its cores.
+        self.meanwhile_threads: int | None = None
         self._config = config
         self._layers = layers
         self._last_norm = last_norm
@@ -60,8 +59,12 @@ class CompiledLayers:
                     lane.mlp(index, self._threads())
                     continue
                 ids, weights = lane.rows("expert_ids"), lane.rows("expert_weights")
+                # Where the experts' ranks compute on these cores there is nothing to gain from computing beside them.
+                if self._shares_cores():
+                    lane.mlp(index, self._threads())
                 pending = routed.dispatch(index, lane.rows("normed"), ids, weights)
-                lane.mlp(index, self._threads(None if batch.num_tokens >= _MANY_TOKENS else self.meanwhile_threads))
+                if not self._shares_cores():
+                    lane.mlp(index, self._threads())
                 yield
                 summed = pending.wait()
                 lane.add_routed(index + 1, summed)
@@ -117,9 +120,11 @@ class CompiledLayers:
             index, batch.slot_mapping, normed.to(torch.bfloat16), apply_rotary(k_pe, rotary).to(torch.bfloat16)
         )
 
-    def _threads(self, most: int | None = None) -> int:
-        threads = torch.get_num_threads() if self._uses_team else 1
-        return threads if most is None else min(threads, most)
+    def _shares_cores(self) -> bool:
+        return self.meanwhile_threads is not None and self.meanwhile_threads < self._threads()
+
+    def _threads(self) -> int:
+        return torch.get_num_threads() if self._uses_team else 1
 
     @contextmanager
     def _lane(self) -> Iterator[Lane]:

@@ -193,8 +193,11 @@ done:
 
 
 def _softmax() -> str:
-    """Of one chunk: scores become p, two tokens a word of bfloat16, without weight past the end. Returns by way of `state` [3, 16]: the largest score and the total so far, which
-    are brought up to date, and what the former sums shrink by."""
+    """Of one chunk: scores become p, two tokens a word of bfloat16, without weight past the end.
+
+    Returns by way of `state` [3, 16]: the largest score and the total so far, which are brought up to date, and what
+    the former sums shrink by.
+    """
     return f"""
 define internal void @softmax(ptr %scores, i64 %tokens, ptr %state, float %scale) #0 {{
 entry:

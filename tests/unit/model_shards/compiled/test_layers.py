@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model_shards.batch import AttentionBatch
+from model_shards.compiled.lane import Lane
 from model_shards.kv_cache import LatentKVCache
 from model_shards.model import AttentionModel
 from model_shards.packing import program_instructions
@@ -190,6 +191,38 @@ def test_one_team_of_threads_computes_what_one_thread_does(whole: Pair, monkeypa
         assert torch.equal(run_steps(whole.compiled, batch, cache, whole.routed), expected)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "order"),
+    [(None, ["dispatch", "shared"]), (3, ["dispatch", "shared"]), (1, ["shared", "dispatch"])],
+)
+def test_shared_experts_are_computed_first_where_the_routed_ones_would_take_the_cores(
+    meanwhile: int | None, order: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = Pair(first_k_dense_replace=2, num_hidden_layers=3)
+    cache = new_cache(pair.compiled, 4)
+    expected = run_steps(pair.compiled, single_sequence_batch([5, 6], 4), cache, pair.routed)
+    if meanwhile is not None:
+        pair.compiled.limit_meanwhile(meanwhile)
+    assert pair.compiled._compiled is not None
+    monkeypatch.setattr(pair.compiled._compiled, "_threads", lambda: 3)
+    log: list[str] = []
+    mlp, dispatch = Lane.mlp, pair.routed.dispatch
+
+    def watched_mlp(lane: Lane, layer: int, threads: int) -> None:
+        log.append("shared")
+        mlp(lane, layer, threads)
+
+    def watched_dispatch(*arguments: object) -> object:
+        log.append("dispatch")
+        return dispatch(*arguments)
+
+    monkeypatch.setattr(Lane, "mlp", watched_mlp)
+    monkeypatch.setattr(pair.routed, "dispatch", watched_dispatch)
+    logits = run_steps(pair.compiled, single_sequence_batch([5, 6], 4), cache, pair.routed)
+    assert log[-2:] == order
+    assert torch.equal(logits, expected)
 
 
 @settings(max_examples=20, deadline=None)
