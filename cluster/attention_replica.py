@@ -62,6 +62,7 @@ class AttentionReplica:
         cache = LatentKVCache(config, spec.limits.num_blocks, spec.limits.block_size, dtype, device, quantization)
         engine = Engine(config, model, cache, spec.limits)
         self._spec = spec
+        self._model = model
         self._loop = loop
         self._streams: dict[str, _Stream] = {}
         self._on_epoch_end = on_epoch_end
@@ -145,8 +146,10 @@ class AttentionReplica:
     def _run_epoch(self, membership: Membership, global_rank: int, on_joined: Callable[[], None]) -> None:
         """The step thread's."""
 
-        def settle() -> None:
-            pin_threads(self._spec, Role.ATTENTION, global_rank)
+        def settle(on_one_host: bool) -> None:
+            self._model.share_cores(on_one_host)
+            if on_one_host:
+                pin_threads(self._spec, Role.ATTENTION, global_rank, team_shrinks=not self._model.is_compiled)
             on_joined()
 
         use_threads(self._spec, Role.ATTENTION)

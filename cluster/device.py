@@ -10,7 +10,7 @@ import torch
 from cluster.spec import CellSpec
 from cluster.topology import Role, Topology
 from model_shards.errors import ConfigError
-from model_shards.kernels.machine_code import on_each_thread
+from model_shards.kernels.machine_code import find_openmp, on_each_thread
 from model_shards.quantization import Quantization
 
 # What a rank's process needs in its environment before it loads torch. An OpenMP thread that has nothing to do spins
@@ -22,6 +22,8 @@ RANK_ENVIRONMENT = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 
+# With one of these the operator says where threads go.
+_PLACES = ("GOMP_CPU_AFFINITY", "OMP_PLACES", "OMP_PROC_BIND")
 _CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -59,16 +61,17 @@ def local_device(spec: CellSpec, index: int) -> torch.device:
 
 
 def use_threads(spec: CellSpec, role: Role) -> None:
-    """Gives the calling thread, the one that computes the steps, its share of this host's cores, and may leave it free
-    to go to any: threads that it makes now, as those of a transport, go where they like."""
+    """Gives the calling thread, the one that computes the steps, its share of this host's cores, and leaves it and its
+    team free to go to any: threads that it makes now, as those of a transport, go where they like."""
     if spec.device == "cpu":
-        torch.set_num_threads(num_threads(spec.topology, role, available_cores()))
-        with suppress(OSError):
-            os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))
+        count = num_threads(spec.topology, role, available_cores())
+        torch.set_num_threads(count)
+        _keep_team([os.sched_getaffinity(os.getpid())] * count)
 
 
-def pin_threads(spec: CellSpec, role: Role, index: int) -> None:
-    """Keeps it and its team on cores of their own, where that is known to do no harm. `index` counts the role's ranks.
+def pin_threads(spec: CellSpec, role: Role, index: int, team_shrinks: bool = False) -> None:
+    """Keeps it and its team on cores of their own, where that is known to do no harm. For a rank of a cell that is all
+    on this host; `index` counts the role's ranks.
 
     Woken together, two threads of a team may be put on one core while the next one is idle, for as long as it takes the
     kernel to notice: some milliseconds, a layer's whole time (measured in benchmarks/NOTES.md).
@@ -76,18 +79,26 @@ def pin_threads(spec: CellSpec, role: Role, index: int) -> None:
     if spec.device != "cpu":
         return
     cores = available_cores()
-    count = num_threads(spec.topology, role, cores)
-    if may_pin(spec.topology, count, cores):
-        _pin_team(own_cores(sorted(os.sched_getaffinity(os.getpid())), index, count))
+    if may_pin(spec.topology, role, cores, team_shrinks):
+        own = own_cores(sorted(os.sched_getaffinity(os.getpid())), index, num_threads(spec.topology, role, cores))
+        _keep_team([{core} for core in own])
 
 
-def may_pin(topology: Topology, count: int, cores: int) -> bool:
+def may_pin(topology: Topology, role: Role, cores: int, team_shrinks: bool = False) -> bool:
     """Whether threads may stay on cores of their own.
 
-    Not under a CPU limit: which of the host's cores are idle is not known then. And not with a team that shrinks and
-    grows in every layer: a thread that is made anew would stay where its maker is.
+    Not where the operator says where OpenMP's threads go. Not under a CPU limit, as `available_cores` knows it: which
+    of the host's cores are idle is not known then. Only when the ranks of the role take all cores, each the same
+    number: else some would share a core while another is idle. And not with a team that shrinks and grows in every
+    layer: a thread that is made anew stays where its maker is.
     """
-    return cores == len(os.sched_getaffinity(os.getpid())) and meanwhile_threads(topology, cores) in (1, count)
+    if any(name in os.environ for name in _PLACES) or cores != len(os.sched_getaffinity(os.getpid())):
+        return False
+    ranks = topology.num_attention if role is Role.ATTENTION else topology.num_expert
+    count = num_threads(topology, role, cores)
+    if count > 1 and find_openmp() is None:
+        return False  # the threads of another library would all stay where the calling one is
+    return ranks * count == cores and not (team_shrinks and meanwhile_threads(topology, cores) not in (1, count))
 
 
 def own_cores(cores: Sequence[int], index: int, count: int) -> list[int]:
@@ -95,13 +106,13 @@ def own_cores(cores: Sequence[int], index: int, count: int) -> list[int]:
     return [cores[(index * count + thread) % len(cores)] for thread in range(count)]
 
 
-def _pin_team(cores: Sequence[int]) -> None:
-    def pin(thread: int) -> None:
+def _keep_team(places: Sequence[set[int]]) -> None:
+    def keep(thread: int) -> None:
         # A core that was taken away meanwhile: the thread goes where the kernel puts it.
         with suppress(OSError):
-            os.sched_setaffinity(0, {cores[thread]})
+            os.sched_setaffinity(0, places[thread])
 
-    on_each_thread(pin, len(cores))
+    on_each_thread(keep, len(places))
 
 
 def num_threads(topology: Topology, role: Role, num_cores: int) -> int:
@@ -115,8 +126,8 @@ def num_threads(topology: Topology, role: Role, num_cores: int) -> int:
 
 
 def meanwhile_threads(topology: Topology, num_cores: int) -> int:
-    """Threads of an attention rank for what it computes while the expert ranks do, on a host that has them all; with
-    ranks on several hosts some cores stay idle.
+    """Threads of an attention rank for what modules compute while the expert ranks do, on a host that has them all;
+    with ranks on several hosts some cores stay idle. Programs compute it before, with all threads.
 
     A thread that the others keep from its core holds up the rest of its team (measured in benchmarks/NOTES.md).
     """

@@ -85,7 +85,8 @@ class ExpertShard:
                 session.trace,
             )
             before = self._rows_received
-            pin_threads(self._spec, Role.EXPERT, self._ep_rank)
+            if session.groups.mesh is not None:  # all ranks are on this host
+                pin_threads(self._spec, Role.EXPERT, self._ep_rank)
             on_joined()
             log_event(logger, "epoch joined", epoch=membership.epoch, experts=len(self._shard.experts))
             while True:

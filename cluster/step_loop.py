@@ -87,8 +87,11 @@ class StepLoop:
         """Load as of the last step boundary."""
         return self._load
 
-    def run_epoch(self, membership: Membership, global_rank: int, on_joined: Callable[[], None]) -> None:
-        """Joins the epoch and steps until it ends. Raises EpochAbortedError; uncommitted work is then forgotten."""
+    def run_epoch(self, membership: Membership, global_rank: int, on_joined: Callable[[bool], None]) -> None:
+        """Joins the epoch and steps until it ends. Raises EpochAbortedError; uncommitted work is then forgotten.
+
+        `on_joined` is told whether all ranks are on this host.
+        """
         num_moe_layers = len(self._config.moe_layers)
         with open_session(
             membership,
@@ -104,7 +107,7 @@ class StepLoop:
             )
             self._ring = session.bell.ring
             try:
-                on_joined()
+                on_joined(session.groups.mesh is not None)
                 place = membership.topology.name(global_rank)
                 log_event(logger, "epoch joined", epoch=membership.epoch, place=place)
                 while not self._step(session, dispatcher):

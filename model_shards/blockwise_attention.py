@@ -1,5 +1,6 @@
 """Attention on a CPU: float32 products over blocks that fit its caches, whatever dtype the model has; what is absorbed
 from a bfloat16 cache is one compiled call where the CPU multiplies bfloat16 (`model_shards.kernels.decode_attention`).
+Where layers are programs (`model_shards.compiled`) only absorbed chunks, and decodes of a quantized cache, come here.
 
 Shapes: T tokens, N heads, R kv_lora_rank, P qk_nope_head_dim, O qk_rope_head_dim, V v_head_dim,
 D decodes, d those of a group, L their longest context, Q new and C context tokens of one prefill chunk, B keys of a

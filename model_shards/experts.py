@@ -128,7 +128,7 @@ class ExpertShardModel(nn.Module):
                 self._layer(layer).lay_out()
 
     def _compile(self) -> CompiledExperts | None:
-        if not serves(self._hidden_size, self.moe_intermediate_size):
+        if not self.moe_layers or not serves(self._hidden_size, self.moe_intermediate_size):
             return None
         packed: list[LayerMatrices] = []
         for layer in self.moe_layers:

@@ -147,10 +147,19 @@ class AttentionModel(nn.Module):
         ]
         return CompiledLayers(self.config, layers, self.model.norm)
 
-    def limit_meanwhile(self, num_threads: int) -> None:
-        """On a CPU, computes what it computes while its tokens are away with at most so many threads."""
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the layers are programs."""
+        return self._compiled is not None
+
+    def share_cores(self, shares: bool) -> None:
+        """Whether the routed experts compute on the cores that this rank does: programs then compute shared experts
+        before the dispatch, with all threads. Modules compute them meanwhile (`limit_meanwhile`)."""
         if self._compiled is not None:
-            self._compiled.meanwhile_threads = num_threads
+            self._compiled.shares_cores = shares
+
+    def limit_meanwhile(self, num_threads: int) -> None:
+        """On a CPU, computes what modules compute while their tokens are away with at most so many threads."""
         for layer in self.model.decoder_layers:
             if isinstance(layer.mlp, MoE):
                 layer.mlp.meanwhile_threads = num_threads

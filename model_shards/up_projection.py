@@ -65,7 +65,7 @@ class PackedUpProjections:
         """Without `expands` there is no `expand_keys`, and no copy of W_UK for it."""
         self._operand = instructions.operand_dtype
         self.absorbing = PackedMatrices(dense.w_uk.transpose(1, 2), instructions)  # N of [R, P]
-        self._keys = PackedMatrices(dense.w_uk, instructions)  # N of [P, R]
+        self._keys = PackedMatrices(dense.w_uk, instructions) if expands else None  # N of [P, R]
         self.valuing = PackedMatrices(dense.w_uv.transpose(1, 2), instructions)  # N of [V, R]
 
     def absorb(self, q_nope: torch.Tensor, out: torch.Tensor) -> None:

@@ -104,6 +104,11 @@ class CompiledPack:
     ) -> None:
         """See `pack_rows`."""
         hidden, ids, weights = hidden.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
+        shards = segments.hidden.shape[0]
+        assert hidden.dtype is segments.hidden.dtype, "segments are for rows of another dtype"
+        assert segments.hidden.shape == (shards, *hidden.shape), "segments are for as many rows"
+        assert segments.local_ids.shape == (shards, *ids.shape), "segments are for as many slots"
+        assert ids.shape == weights.shape, "a weight for each slot"
         assert ids.dtype is torch.int64, "as the gate gives them"
         assert weights.dtype is torch.float32, "as the gate gives them"
         values = {

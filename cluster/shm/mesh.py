@@ -105,8 +105,9 @@ class Mesh:
         """Copies messages, uint8 [B], to peers, by rank; does not wait for them. Raises OSError without memory.
 
         Nobody is woken before all are written: a peer on this rank's core then has it for itself, and the others must
-        not wait for their message meanwhile. Which is why such a peer comes last: ranks of both roles are dealt to the
-        cores in order (`cluster.device`), and each begins with the one after its own.
+        not wait for their message meanwhile. So that it comes last, each rank ends with the peer of its own number:
+        ranks of both roles are dealt to the cores in order (`cluster.device`), and when one of the roles has one rank,
+        or both have as many, that is the one on its core.
         """
         for rank, message in messages:
             self._outbox.write(rank, message)

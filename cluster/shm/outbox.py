@@ -9,7 +9,8 @@ goes with its processes: a kill -9 leaves nothing behind.
     ---------- page boundary
     data       regions of messages, in the order in which they were first needed; the file grows, nothing moves
 
-Each box has two queues. A message is written first, its sequence number last, then the semaphore is posted:
+Each box has two queues. A message is written first, its sequence number last. The semaphore is posted then, or, of
+messages to several readers, when all of them are written:
 
     rows         int64 [RING, ROW]     number, ROW - 1 values        step headers
     descriptors  int64 [RING, 4]       number, offset, size          bytes in the data region
@@ -209,6 +210,7 @@ def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
     size = source.shape[0]
     if target.shape[0] != size:
         raise ValueError(f"{size} bytes do not fit in {target.shape[0]}")
+    assert source.dtype is target.dtype is torch.uint8, "bytes"
     assert source.is_contiguous(), "bytes lie one after another"
     assert target.is_contiguous(), "bytes lie one after another"
     ctypes.memmove(target.data_ptr(), source.data_ptr(), size)

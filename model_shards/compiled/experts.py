@@ -90,6 +90,10 @@ class CompiledExperts:
     def forward(self, index: int, hidden: torch.Tensor, local_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """See `model_shards.experts.ExpertShardModel.forward`; `index` is the layer's among those given."""
         num_rows, top_k = local_ids.shape
+        assert hidden.dtype is torch.bfloat16, "as the weights are, or were before they were quantized"
+        assert weights.dtype is torch.float32, "as the gate gives them"
+        assert hidden.shape == (num_rows, self._hidden), "rows are of the model's size"
+        assert weights.shape == local_ids.shape, "a weight for each slot"
         hidden, weights = hidden.contiguous(), weights.contiguous()
         local_ids = local_ids.to(torch.int32).contiguous()
         out = torch.empty_like(hidden)
@@ -98,12 +102,19 @@ class CompiledExperts:
         self._numbers[0], self._numbers[1] = num_rows, num_rows * top_k
         self._sort.set(local_ids=local_ids.data_ptr(), places=places)
         self._sort.run(1)
-        if self._pairs.make_room(self._numbers[2]):
+        if self._numbers[2] < 0:
+            raise IndexError(f"a row names an expert beyond the {len(self._counts[0])} of this shard")
+        if not self._has_room(self._numbers[2]):
+            self._programs = []
+            self._pairs.make_room(self._numbers[2])
             self._build()
         self._gather.set(hidden=hidden.data_ptr(), places=places, top_k=top_k)
         self._sum.set(weights=weights.data_ptr(), out=out.data_ptr(), places=places, top_k=top_k)
         self._programs[index].run(torch.get_num_threads())
         return out
+
+    def _has_room(self, pairs: int) -> bool:
+        return bool(self._programs) and pairs <= self._pairs.capacity
 
     def _build(self) -> None:
         """Anew, for where the arena is now."""

@@ -8,6 +8,7 @@
 Shapes: T tokens, D decodes, the rest as in `model_shards.compiled.layer`.
 """
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -76,7 +77,7 @@ class Lane:
         )
         latent = Array(torch.bfloat16, heads * config.kv_lora_rank)
         self._decodes = Arena({"latent_queries": latent, "mixed": latent})
-        self._counts = torch.zeros(1 + heads, dtype=torch.int64)  # T, and D once for each head
+        self._counts = (ctypes.c_int64 * (1 + heads))()  # T, and D once for each head
         self._programs: list[_Programs] = []
         self._last: Call | None = None
 
@@ -92,13 +93,18 @@ class Lane:
     ) -> None:
         """Takes the micro-batch on."""
         tokens, decodes = batch.num_tokens, plan.num_decodes
-        moved = [self._tokens.make_room(tokens), self._decodes.make_room(decodes)]
-        if any(moved) or self._cache is not kv_cache:
-            self._cache = kv_cache
+        moved = self._cache is not kv_cache
+        # Should there be no memory, all is built anew next time: a program would have an address of before.
+        self._cache = None
+        moved |= self._tokens.make_room(tokens)
+        moved |= self._decodes.make_room(decodes)
+        if moved:
             self.writes_cache = can_decode(kv_cache.layer(0), self._config.kv_lora_rank)
-            self._build()
+            self._build(kv_cache)
+        self._cache = kv_cache
         self._counts[0] = tokens
-        self._counts[1:] = decodes
+        for head in range(1, len(self._counts)):
+            self._counts[head] = decodes
         self._tokens["slots"][:tokens, 0] = batch.slot_mapping
         self._tokens["rotary"][:tokens] = torch.view_as_real(rotary).flatten(1)
         self._tokens["residual"][:tokens] = embedded
@@ -109,7 +115,7 @@ class Lane:
 
     def rows(self, name: str) -> torch.Tensor:
         """[T, ...] of what the programs have written; valid until they write it again."""
-        return self._tokens[name][: int(self._counts[0])]
+        return self._tokens[name][: self._counts[0]]
 
     def add_routed(self, layer: int, routed: torch.Tensor) -> None:
         """[T, H] bfloat16 that `layer` is to add to the residual as it begins; read then."""
@@ -150,16 +156,16 @@ class Lane:
 
     # --- programs -----------------------------------------------------------------------------------------------
 
-    def _build(self) -> None:
+    def _build(self, kv_cache: LatentKVCache) -> None:
         """Anew, for where the memory is now."""
-        self._programs = [self._layer_programs(index) for index in range(len(self._layers))]
+        self._programs = [self._layer_programs(index, kv_cache.layer(index)) for index in range(len(self._layers))]
         self._last = self._add_and_norm(self._after(len(self._layers)), self._last_norm)
 
-    def _layer_programs(self, index: int) -> _Programs:
+    def _layer_programs(self, index: int, cache: torch.Tensor) -> _Programs:
         layer = self._layers[index]
         residual = self._add_and_norm(self._after(index), layer.input_norm)
-        decode = self._decode_call(index)
-        enter = [residual, *self._enter_calls(index)]
+        decode = self._decode_call(cache)
+        enter = [residual, *self._enter_calls(index, cache)]
         attend = [self._absorb_call(layer), decode, self._value_call(layer)]
         leave = self._leave_calls(layer)
         return _Programs(
@@ -195,7 +201,7 @@ class Lane:
             size=self._config.hidden_size,
         )
 
-    def _enter_calls(self, index: int) -> list[Call]:
+    def _enter_calls(self, index: int, cache: torch.Tensor) -> list[Call]:
         layer, config = self._layers[index], self._config
         first = self._tokens["first"]
         calls = [self._product(layer.first, "normed", "first")]
@@ -206,7 +212,7 @@ class Lane:
             calls += [self._q_norm_call(layer.q_norm), self._product(layer.q_b, "q_a", "wide_queries")]
             queries = self._tokens["wide_queries"]
         if self.writes_cache:
-            calls.append(self._latents_call(index, latents_from))
+            calls.append(self._latents_call(index, latents_from, cache))
         calls.append(
             Call(
                 rows.queries(),
@@ -237,9 +243,8 @@ class Lane:
             size=norm.weight.shape[0],
         )
 
-    def _latents_call(self, index: int, column: int) -> Call:
+    def _latents_call(self, index: int, column: int, cache: torch.Tensor) -> Call:
         """Of the columns of `first` from `column`."""
-        assert self._cache is not None, "begun"
         first, norm = self._tokens["first"], self._layers[index].latent_norm
         return Call(
             rows.latents(),
@@ -251,7 +256,7 @@ class Lane:
             eps=float_bits(norm.eps),
             rotary=self._at("rotary"),
             slots=self._at("slots"),
-            cache=self._cache.layer(index).data_ptr(),
+            cache=cache.data_ptr(),
             rank=self._config.kv_lora_rank,
             rope=self._config.qk_rope_head_dim,
         )
@@ -265,11 +270,9 @@ class Lane:
             narrow=True,
         )
 
-    def _decode_call(self, index: int) -> Call:
-        assert self._cache is not None, "begun"
+    def _decode_call(self, cache: torch.Tensor) -> Call:
         config = self._config
         head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
-        cache = self._cache.layer(index)
         return Call(
             decode_code(),
             decode_ir.ARGUMENTS,
@@ -357,7 +360,7 @@ class Lane:
         return self._tokens.address(name)
 
     def _number(self, index: int) -> int:
-        return self._counts[index].data_ptr()
+        return ctypes.addressof(self._counts) + 8 * index
 
 
 def _outputs(matrix: PackedMatrices | None) -> int:

@@ -89,7 +89,7 @@ def pack_layer(
 
     dense_up = split_heads(attention.kv_b_proj.weight.data, config.num_attention_heads, config.qk_nope_head_dim)
     up = PackedUpProjections(dense_up, instructions, expands=False)
-    w_uk = dense_up.w_uk.contiguous()
+    w_uk = dense_up.w_uk.clone(memory_format=torch.contiguous_format)
     release(attention.kv_b_proj.weight)
     queries = attention.q_a_proj if attention.q_lora else attention.q_proj
     dense = mlp if isinstance(mlp, MLP) else mlp.shared_experts

@@ -4,6 +4,7 @@ Shapes: T tokens of one micro-batch, H hidden size.
 """
 
 import functools
+import weakref
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -30,8 +31,7 @@ class CompiledLayers:
     """What `model_shards.model.DecoderStack` computes between the embedding and the logits."""
 
     def __init__(self, config: ModelConfig, layers: Sequence[LayerWeights], last_norm: RMSNorm) -> None:
-        # Threads that are left while the routed experts compute; fewer than this rank has: they share its cores.
-        self.meanwhile_threads: int | None = None
+        self.shares_cores = False  # whether the routed experts compute on the cores that this rank computes on
         self._config = config
         self._layers = layers
         self._last_norm = last_norm
@@ -40,6 +40,7 @@ class CompiledLayers:
         self._prefill = PrefillAttention(head_shape(config), config.num_attention_heads, attention_scale(config))
         self._uses_team = layers[0].first.nbytes + layers[0].output.nbytes >= _BYTES_OF_A_TEAM
         self._free: list[Lane] = []
+        self._cache: weakref.ref[LatentKVCache] | None = None  # what the last micro-batch read
 
     def steps(
         self,
@@ -51,6 +52,10 @@ class CompiledLayers:
         routed: RoutedExperts,
     ) -> Generator[None, None, torch.Tensor]:
         """One micro-batch: see `AttentionModel.forward_steps`. Returns [T, H], behind the last norm; a copy."""
+        if self._cache is None or self._cache() is not kv_cache:
+            # Those that nobody computes in would keep the other one alive.
+            self._free.clear()
+            self._cache = weakref.ref(kv_cache)
         with self._lane() as lane:
             lane.begin(batch, embedded, rotary, plan, kv_cache)
             for index, layer in enumerate(self._layers):
@@ -60,10 +65,10 @@ class CompiledLayers:
                     continue
                 ids, weights = lane.rows("expert_ids"), lane.rows("expert_weights")
                 # Where the experts' ranks compute on these cores there is nothing to gain from computing beside them.
-                if self._shares_cores():
+                if self.shares_cores:
                     lane.mlp(index, self._threads())
                 pending = routed.dispatch(index, lane.rows("normed"), ids, weights)
-                if not self._shares_cores():
+                if not self.shares_cores:
                     lane.mlp(index, self._threads())
                 yield
                 summed = pending.wait()
@@ -119,9 +124,6 @@ class CompiledLayers:
         kv_cache.write(
             index, batch.slot_mapping, normed.to(torch.bfloat16), apply_rotary(k_pe, rotary).to(torch.bfloat16)
         )
-
-    def _shares_cores(self) -> bool:
-        return self.meanwhile_threads is not None and self.meanwhile_threads < self._threads()
 
     def _threads(self) -> int:
         return torch.get_num_threads() if self._uses_team else 1

@@ -22,22 +22,23 @@ class Arena:
         self.capacity = 0
         self._tensors: dict[str, torch.Tensor] = {}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(tensor.nbytes for tensor in self._tensors.values())
-
     def make_room(self, rows: int) -> bool:
-        """Room for so many rows; whether everything has moved, and what was in it is lost."""
+        """Room for so many rows; whether everything has moved, and what was in it is lost.
+
+        Raises what torch raises without memory for it; then there is room for none, and whatever had an address here
+        must not use it.
+        """
         if self.capacity and rows <= self.capacity:
             return False
-        self.capacity = 1 << max(rows - 1, 0).bit_length()
         # Let go of first: there must never be room for both.
+        self.capacity = 0
         self._tensors.clear()
+        capacity = 1 << max(rows - 1, 0).bit_length()
         # Made under inference mode they could not be written outside of it.
         with torch.inference_mode(False):
             for name, array in self._arrays.items():
-                self._tensors[name] = torch.empty(self.capacity, array.width, dtype=array.dtype)
+                self._tensors[name] = torch.empty(capacity, array.width, dtype=array.dtype)
+        self.capacity = capacity
         return True
 
     def __getitem__(self, name: str) -> torch.Tensor:

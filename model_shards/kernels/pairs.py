@@ -16,7 +16,7 @@ SORT_ARGUMENTS = (
     "counts",  # address of int64 [E]
     "ends",  # address of int64 [E], to compute in
     "places",  # address of int64 [R * K]; below 0: none
-    "pairs",  # address of P
+    "pairs",  # address of P; -1 when an id is not below E: nothing is sorted then
 )
 
 
@@ -28,6 +28,13 @@ def sort_pairs() -> TeamFunction:
     slots = build.int_at(given["slots"])
     zero, one = build.const(0), build.const(1)
     with build.only_first():
+        beyond = build.variable(zero)
+        with build.loop(slots) as slot:
+            expert = build.short_int_at(build.at(given["local_ids"], (slot, 4)))
+            is_beyond = build.ir.icmp_signed(">=", expert, given["experts"])
+            beyond.set(build.ir.select(is_beyond, one, beyond.get()))
+        is_wrong = build.ir.icmp_signed("!=", beyond.get(), zero)
+        slots = build.ir.select(is_wrong, zero, slots)
         with build.loop(given["experts"]) as expert:
             build.put_int(build.at(given["counts"], (expert, 8)), zero)
         with build.loop(slots) as slot:
@@ -39,7 +46,7 @@ def sort_pairs() -> TeamFunction:
         with build.loop(given["experts"]) as expert:
             build.put_int(build.at(given["ends"], (expert, 8)), total.get())
             total.set(build.ir.add(total.get(), build.int_at(build.at(given["counts"], (expert, 8)))))
-        build.put_int(given["pairs"], total.get())
+        build.put_int(given["pairs"], build.ir.select(is_wrong, build.const(-1), total.get()))
         with build.loop(slots) as slot:
             expert = build.short_int_at(build.at(given["local_ids"], (slot, 4)))
             place = build.at(given["places"], (slot, 8))

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from cluster import device
 from cluster.cell import _rank_environment
@@ -71,17 +72,26 @@ def test_ranks_of_a_role_are_dealt_to_the_cores_in_order():
 
 
 @pytest.mark.parametrize(
-    ("topology", "count", "mask", "cores", "may"),
+    ("topology", "role", "mask", "cores", "shrinks", "may"),
     [
-        ((1, 2), 2, 2, 2, True),
-        ((1, 2), 2, 8, 2, False),  # a limit: which 2 of the 8 cores are idle is not known
-        ((1, 2), 16, 16, 16, False),  # a team of 16 would shrink to 5 in every layer
-        ((8, 8), 2, 16, 16, True),
+        ((1, 2), Role.ATTENTION, 2, 2, False, True),
+        ((1, 2), Role.EXPERT, 2, 2, False, True),
+        ((1, 2), Role.ATTENTION, 8, 2, False, False),  # a limit: which 2 of the 8 cores are idle is not known
+        ((1, 2), Role.ATTENTION, 16, 16, False, True),
+        ((1, 2), Role.ATTENTION, 16, 16, True, False),  # a team of 16 would shrink to 5 in every layer
+        ((3, 3), Role.EXPERT, 2, 2, False, False),  # two of three would share a core
+        ((5, 2), Role.ATTENTION, 8, 8, False, False),  # 3 cores would be left, to which nobody could go
     ],
 )
-def test_threads_stay_on_cores_only_where_that_is_known_to_do_no_harm(monkeypatch, topology, count, mask, cores, may):
+def test_threads_stay_on_cores_only_where_that_is_known_to_do_no_harm(
+    monkeypatch, topology, role, mask, cores, shrinks, may
+):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(mask)))
-    assert may_pin(Topology(*topology), count, cores) is may
+    for name in device._PLACES:
+        monkeypatch.delenv(name, raising=False)
+    assert may_pin(Topology(*topology), role, cores, shrinks) is may
+    monkeypatch.setenv("OMP_PROC_BIND", "false")
+    assert not may_pin(Topology(*topology), role, cores, shrinks)
 
 
 def test_a_pinned_team_has_a_thread_on_each_core_and_can_be_set_free_again(monkeypatch):
@@ -96,14 +106,20 @@ def test_a_pinned_team_has_a_thread_on_each_core_and_can_be_set_free_again(monke
     def compute():
         use_threads(spec, Role.ATTENTION)
         pin_threads(spec, Role.ATTENTION, 0)
+        seen["pinned"] = places()
+        use_threads(spec, Role.ATTENTION)
+        seen["free"] = places()
+
+    def places() -> dict[int, set[int]]:
         team: dict[int, set[int]] = {}
         on_each_thread(lambda thread: team.update({thread: os.sched_getaffinity(0)}), 2)
-        use_threads(spec, Role.ATTENTION)
-        seen["team"], seen["after"] = team, os.sched_getaffinity(0)
+        return team
 
+    before = torch.get_num_threads()
     thread = threading.Thread(target=compute)
     thread.start()
     thread.join(60.0)
-    assert seen["team"] == {0: {everywhere[0]}, 1: {everywhere[1]}}
-    assert seen["after"] == set(everywhere)
+    torch.set_num_threads(before)  # a thread that comes first takes the last number over
+    assert seen["pinned"] == {0: {everywhere[0]}, 1: {everywhere[1]}}
+    assert seen["free"] == {0: set(everywhere), 1: set(everywhere)}
     assert os.sched_getaffinity(os.getpid()) == set(everywhere)

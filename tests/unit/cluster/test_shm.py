@@ -236,6 +236,27 @@ def test_nobody_is_woken_before_all_messages_are_written_and_the_peer_after_ones
         made[1].send([])
 
 
+def test_without_memory_for_one_message_nobody_is_woken(monkeypatch):
+    with meshes(3) as made:
+        write, posted = Outbox.write, []
+
+        def scarce(self, rank, content):
+            if rank == 2:
+                raise OSError("no memory")
+            write(self, rank, content)
+
+        monkeypatch.setattr(Outbox, "write", scarce)
+        monkeypatch.setattr(Outbox, "post", lambda self, rank: posted.append(rank))
+        with pytest.raises(OSError, match="no memory"):
+            made[0].send([(1, message(1)), (2, message(2))])
+        assert posted == []
+        made[0].close()
+        out = torch.empty(1, dtype=torch.uint8)
+        made[1].receive(0, out, soon())  # it was written, and leaving wakes
+        with pytest.raises(PeerLostError, match="rank R0 left the epoch"):
+            made[2].receive(0, out, soon())
+
+
 def test_a_peer_that_leaves_ends_waits_for_it_but_what_it_sent_before_is_read():
     with meshes(2) as (first, second):
         first.send([(1, message(1, 2))])

@@ -102,3 +102,24 @@ def test_other_shapes_keep_their_modules(kind) -> None:
     local_ids = torch.tensor([[0, 1, 2]] * 6)
     arguments = (odd.moe_layers[0], hidden, local_ids, torch.ones(6, 3))
     assert relative_error(laid_out(*arguments), plain(*arguments)) < 0.03
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_expert_that_is_not_here_is_an_error_and_nothing_is_written(kind) -> None:
+    compiled = SHARDS[kind][1]
+    layer = config().moe_layers[0]
+    hidden, weights = torch.ones(4, 96).bfloat16(), torch.ones(4, 3)
+    good = torch.tensor([[0, 1, 2]] * 4)
+    expected = compiled(layer, hidden, good, weights)
+    bad = good.clone()
+    bad[2, 1] = len(EXPERTS)
+    with pytest.raises(IndexError, match="beyond the 5 of this shard"):
+        compiled(layer, hidden, bad, weights)
+    assert torch.equal(compiled(layer, hidden, good, weights), expected)
+
+
+def test_a_model_without_routed_layers_has_nothing_to_compile() -> None:
+    dense = model_config_of(make_hf_config(hidden_size=96, first_k_dense_replace=3, num_hidden_layers=3))
+    shard = ExpertShardModel(dense, (0, 1), torch.bfloat16, CPU)
+    shard.lay_out()
+    assert shard._compiled is None

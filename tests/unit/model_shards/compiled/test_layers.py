@@ -1,5 +1,7 @@
 """Layers as compiled programs against transformers in float32, and what they were compiled from."""
 
+import gc
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -9,11 +11,14 @@ from hypothesis import strategies as st
 
 from model_shards.batch import AttentionBatch
 from model_shards.compiled.lane import Lane
+from model_shards.kernels import arena
+from model_shards.kernels.grouped_product import PackedMatrices
 from model_shards.kv_cache import LatentKVCache
 from model_shards.model import AttentionModel
 from model_shards.packing import program_instructions
 from model_shards.pipeline import run_micro_batches
 from model_shards.quantization import Quantization
+from model_shards.up_projection import laid_out_bytes
 from tests.reference import (
     CPU,
     YARN_ROPE,
@@ -70,10 +75,6 @@ def new_cache(model: AttentionModel, blocks: int, quantization: Quantization | N
     return LatentKVCache(model.config, blocks, 4, torch.bfloat16, CPU, quantization)
 
 
-def is_compiled(model: AttentionModel) -> bool:
-    return model._compiled is not None
-
-
 class Pair:
     """One model twice: compiled, and as it was loaded; with experts that are the same for both."""
 
@@ -106,8 +107,8 @@ def usual_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_logits_are_as_near_to_float32_as_those_of_the_modules(branch: str) -> None:
     pair = Pair(**BRANCHES[branch])
-    assert is_compiled(pair.compiled)
-    assert not is_compiled(pair.plain)
+    assert pair.compiled.is_compiled
+    assert not pair.plain.is_compiled
     tokens = random_tokens(131, 40, seed=2)
     expected = hf_logits(pair.reference, tokens)
     sizes = [20, 5, 9, *[1] * 6]
@@ -194,19 +195,16 @@ def test_one_team_of_threads_computes_what_one_thread_does(whole: Pair, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("meanwhile", "order"),
-    [(None, ["dispatch", "shared"]), (3, ["dispatch", "shared"]), (1, ["shared", "dispatch"])],
+    ("shares", "order"),
+    [(False, ["dispatch", "shared"]), (True, ["shared", "dispatch"])],
 )
 def test_shared_experts_are_computed_first_where_the_routed_ones_would_take_the_cores(
-    meanwhile: int | None, order: list[str], monkeypatch: pytest.MonkeyPatch
+    shares: bool, order: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair = Pair(first_k_dense_replace=2, num_hidden_layers=3)
     cache = new_cache(pair.compiled, 4)
     expected = run_steps(pair.compiled, single_sequence_batch([5, 6], 4), cache, pair.routed)
-    if meanwhile is not None:
-        pair.compiled.limit_meanwhile(meanwhile)
-    assert pair.compiled._compiled is not None
-    monkeypatch.setattr(pair.compiled._compiled, "_threads", lambda: 3)
+    pair.compiled.share_cores(shares)
     log: list[str] = []
     mlp, dispatch = Lane.mlp, pair.routed.dispatch
 
@@ -233,6 +231,58 @@ def test_any_chunks_give_the_logits_of_the_whole_prompt(whole: Pair, sizes: list
     cache = new_cache(whole.compiled, 25)  # another each time: programs have the old one's address
     logits = in_parts(whole.compiled, whole.routed, tokens, sizes, cache)
     assert usual_error(logits, expected) < 0.04
+
+
+def test_without_memory_for_a_larger_batch_nothing_is_computed_where_the_smaller_one_was(
+    whole: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = Pair(**BRANCHES["the whole of V2"])
+    cache = prefilled(pair, 3)
+    expected = run_steps(pair.compiled, batches()[0], cache, pair.routed)
+    empty = torch.empty
+    left = [3]
+
+    def scarce(*arguments: object, **keywords: object) -> torch.Tensor:
+        left[0] -= 1
+        if left[0] < 0:
+            raise MemoryError("no memory")
+        return empty(*arguments, **keywords)
+
+    large = single_sequence_batch(random_tokens(131, 50, seed=1), 4)
+    monkeypatch.setattr(arena.torch, "empty", scarce)
+    with pytest.raises(MemoryError):
+        run_steps(pair.compiled, large, cache, pair.routed)
+    with pytest.raises(MemoryError):
+        run_steps(pair.compiled, batches()[0], cache, pair.routed)
+    monkeypatch.undo()
+    assert torch.equal(run_steps(pair.compiled, batches()[0], cache, pair.routed), expected)
+    assert run_steps(pair.compiled, large, new_cache(pair.compiled, 15), pair.routed).isfinite().all()
+
+
+def test_a_cache_that_is_not_used_any_more_can_go(whole: Pair) -> None:
+    first, second = new_cache(whole.compiled, 15), new_cache(whole.compiled, 15)
+    run_micro_batches([whole.compiled.forward_steps(batch, first, whole.routed) for batch in batches()])
+    run_steps(whole.compiled, batches()[1], second, whole.routed)
+    gone = weakref.ref(first)
+    del first
+    gc.collect()
+    assert gone() is None
+
+
+def test_grad_modes_do_not_matter_to_the_memory_that_is_computed_in() -> None:
+    pair = Pair()
+    with torch.inference_mode():
+        run_steps(pair.compiled, single_sequence_batch([5, 6], 4), new_cache(pair.compiled, 4), pair.routed)
+    run_steps(pair.compiled, single_sequence_batch([5, 6], 4), new_cache(pair.compiled, 4), pair.routed)
+
+
+def test_w_uk_is_held_twice_and_not_three_times(whole: Pair) -> None:
+    assert whole.compiled._compiled is not None
+    for layer in whole.compiled._compiled._layers:
+        packed = [part for part in vars(layer.up).values() if isinstance(part, PackedMatrices)]
+        assert sum(part.nbytes for part in packed) + layer.w_uk.nbytes == laid_out_bytes(
+            32, 64, 3 * (32 + 64) * 64, torch.bfloat16
+        )
 
 
 @pytest.mark.parametrize("quantization", Quantization)
@@ -269,7 +319,7 @@ def test_a_token_that_is_not_finite_spoils_its_own_sequence_alone(whole: Pair) -
 )
 def test_models_of_other_shapes_keep_their_modules(odd: dict[str, object]) -> None:
     pair = Pair(**odd)
-    assert not is_compiled(pair.compiled)
+    assert not pair.compiled.is_compiled
     tokens = random_tokens(131, 20, seed=2)
     logits = in_parts(pair.compiled, pair.routed, tokens, [12, 1, 7], new_cache(pair.compiled, 5))
     assert relative_error(logits, hf_logits(pair.reference, tokens)) < 0.04
