@@ -29,7 +29,7 @@ _HALVES = ir.VectorType(I16, LANES)
 _BYTES = ir.VectorType(ir.IntType(8), LANES)
 
 # exp(x): 2^n times 2^f, n whole and |f| <= 1/2, by the Taylor polynomial of degree 6 (relative error 1e-7).
-_EXP_COEFFICIENTS = (1.0, 0.6931471805599453, 0.2402265069591007, 0.05550410866482158, 0.009618129107628477,
+EXP_COEFFICIENTS = (1.0, 0.6931471805599453, 0.2402265069591007, 0.05550410866482158, 0.009618129107628477,
                      0.0013333558146428443, 0.0001540353039338161)  # fmt: skip
 _EXP_LIMIT = 126.0  # of the power of two, either way: what lies beyond is as good as nothing, or as all
 
@@ -291,8 +291,8 @@ class Builder:
         part = build.fsub(power, whole)
         shifted = self._call(f"llvm.fptosi.sat.v{LANES}i32.v{LANES}f32", _WORDS, (whole,))
         exponent = build.bitcast(build.shl(build.add(shifted, self._words(127)), self._words(23)), _FLOATS)
-        value: Value = self.numbers(_EXP_COEFFICIENTS[-1])
-        for coefficient in reversed(_EXP_COEFFICIENTS[:-1]):
+        value: Value = self.numbers(EXP_COEFFICIENTS[-1])
+        for coefficient in reversed(EXP_COEFFICIENTS[:-1]):
             value = self.fma(value, part, self.numbers(coefficient))
         return build.fmul(value, exponent)
 

@@ -14,6 +14,7 @@ twice, with the softmax that `model_shards.softmax_blocks` explains:
 
 import struct
 
+from model_shards.kernels.builder import EXP_COEFFICIENTS
 from model_shards.kernels.instructions import Arithmetic, Instructions
 from model_shards.kernels.product_ir import DECLARATIONS, load_arguments, rest_of_rows, splat, tiles
 
@@ -73,11 +74,6 @@ declare {_F} @llvm.rint.v16f32({_F})
 declare {_I} @llvm.fptosi.sat.v16i32.v16f32({_F})
 declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)"""
 
-# exp(x) of x <= 0: 2^n times 2^f, n whole and |f| <= 1/2, by the Taylor polynomial of degree 6 (relative error 1e-7).
-# Below 2^-126 it stays there, which is nothing beside the largest, 1. What is not a number stays none.
-_COEFFICIENTS = (1.0, 0.6931471805599453, 0.2402265069591007, 0.05550410866482158, 0.009618129107628477,
-                 0.0013333558146428443, 0.0001540353039338161)  # fmt: skip
-
 
 def _hex_float(value: float) -> str:
     """A float constant as LLVM reads it: the double of a float32, in hexadecimal."""
@@ -86,6 +82,8 @@ def _hex_float(value: float) -> str:
 
 
 def _exp() -> str:
+    """exp(x) of x <= 0, as `Builder.exp` has it: below 2^-126 it stays there, which is nothing beside the largest, 1.
+    What is not a number stays none."""
     lines = [
         f"define internal {_F} @exp({_F} %x) #0 alwaysinline {{",
         _splat("log2e", _hex_float(1.4426950408889634)),
@@ -102,8 +100,8 @@ def _exp() -> str:
         f"  %b = shl {_I} %e, %shift",
         f"  %power = bitcast {_I} %b to {_F}",
     ]
-    lines += [_splat(f"c{degree}", _hex_float(value)) for degree, value in enumerate(_COEFFICIENTS)]
-    last = len(_COEFFICIENTS) - 1
+    lines += [_splat(f"c{degree}", _hex_float(value)) for degree, value in enumerate(EXP_COEFFICIENTS)]
+    last = len(EXP_COEFFICIENTS) - 1
     lines.append(f"  %p{last} = fadd {_F} %c{last}, zeroinitializer")
     lines += [
         f"  %p{degree} = call {_F} @llvm.fma.v16f32({_F} %p{degree + 1}, {_F} %f, {_F} %c{degree})"
