@@ -17,14 +17,12 @@ from model_shards.blockwise_attention import BlockwiseAttention
 from model_shards.compiled.lane import Lane
 from model_shards.compiled.layer import LayerWeights, head_shape
 from model_shards.config import ModelConfig
+from model_shards.kernels.grouped_product import BYTES_OF_A_TEAM
 from model_shards.kernels.prefill_attention import PrefillAttention
 from model_shards.kv_cache import LatentKVCache
 from model_shards.norm import RMSNorm
 from model_shards.rope import apply_rotary, attention_scale
 from model_shards.routed import RoutedExperts
-
-# Threads are woken for no less than this much of a layer's weights.
-_BYTES_OF_A_TEAM = 2**18
 
 
 class CompiledLayers:
@@ -38,7 +36,7 @@ class CompiledLayers:
         self._core = BlockwiseAttention(config)
         self._head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
         self._prefill = PrefillAttention(head_shape(config), config.num_attention_heads, attention_scale(config))
-        self._uses_team = layers[0].first.nbytes + layers[0].output.nbytes >= _BYTES_OF_A_TEAM
+        self._uses_team = layers[0].first.nbytes + layers[0].output.nbytes >= BYTES_OF_A_TEAM
         self._free: list[Lane] = []
         self._cache: weakref.ref[LatentKVCache] | None = None  # what the last micro-batch read
 

@@ -56,7 +56,8 @@ def decode_attention(
         **cache_arguments(cache),
         **table_arguments(block_tables, lengths),
     )
-    call.run(decode_threads(int(lengths.sum()) * cache.shape[2] * latent_queries.shape[1]))
+    work = int(lengths.sum()) * cache.shape[2] * latent_queries.shape[1]
+    call.run(torch.get_num_threads() if work >= _WORK_OF_A_TEAM else 1)
     return mixed
 
 
@@ -75,11 +76,6 @@ def table_arguments(block_tables: torch.Tensor, lengths: torch.Tensor) -> dict[s
         "table_row": 8 * block_tables.stride(0),
         "lengths": lengths.data_ptr(),
     }
-
-
-def decode_threads(work: int) -> int:
-    """Threads for so many products of two numbers."""
-    return torch.get_num_threads() if work >= _WORK_OF_A_TEAM else 1
 
 
 @functools.cache

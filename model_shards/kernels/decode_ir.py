@@ -51,7 +51,8 @@ _B = f"<{2 * HEADS} x bfloat>"
 
 def decode_ir() -> str:
     """Defines `share` (model_shards.kernels.machine_code): pieces are sixteen heads of a sequence."""
-    functions = [_exp(), _pack(), _scores(), _softmax(), _mix(), _rescale(), _finish(), _sequence(), _items()]
+    functions = [_exp(), _pack(), _scores(), _softmax(), _mix()]
+    functions += [_scale_heads("rescale", narrow=False), _scale_heads("finish", narrow=True), _sequence(), _items()]
     return "\n".join([DECLARATIONS, _DECLARATIONS, *tiles(INSTRUCTIONS), *functions])
 
 
@@ -338,42 +339,15 @@ done:
 }}"""
 
 
-def _rescale() -> str:
-    """Multiplies each head's sums by its factor."""
+def _scale_heads(name: str, narrow: bool) -> str:
+    """Defines @name: sums of each head, which lie together, times its factor, to `out`; narrow: rounded to bfloat16."""
+    element, stored, rounding = "float", f"{_F} %scaled", ""
+    if narrow:
+        halves = f"<{HEADS} x bfloat>"
+        element, stored = "i16", f"{halves} %narrow"
+        rounding = f"  %narrow = call {halves} @llvm.x86.avx512bf16.cvtneps2bf16.512({_F} %scaled)"
     return f"""
-define internal void @rescale(ptr %sums, i64 %head_bytes, i64 %rank, ptr %factors) #0 {{
-entry:
-  br label %head
-head:
-  %h = phi i64 [0, %entry], [%h_next, %head_done]
-  %factor_at = getelementptr float, ptr %factors, i64 %h
-  %factor = load float, ptr %factor_at
-{_splat("factors_of", "%factor")}
-  %sums_off = mul i64 %h, %head_bytes
-  %sums_of = getelementptr i8, ptr %sums, i64 %sums_off
-  br label %part
-part:
-  %r = phi i64 [0, %head], [%r_next, %part]
-  %at = getelementptr float, ptr %sums_of, i64 %r
-  %value = load {_F}, ptr %at, align 4
-  %scaled = fmul {_F} %value, %factors_of
-  store {_F} %scaled, ptr %at, align 4
-  %r_next = add nuw i64 %r, {HEADS}
-  %more = icmp ult i64 %r_next, %rank
-  br i1 %more, label %part, label %head_done
-head_done:
-  %h_next = add nuw i64 %h, 1
-  %h_more = icmp ult i64 %h_next, {HEADS}
-  br i1 %h_more, label %head, label %done
-done:
-  ret void
-}}"""
-
-
-def _finish() -> str:
-    """The sums of each head times its factor, rounded to bfloat16, to where they are wanted: heads lie together."""
-    return f"""
-define internal void @finish(ptr %sums, i64 %rank, ptr %factors, i64 %heads, ptr %out) #0 {{
+define internal void @{name}(ptr %sums, i64 %rank, ptr %factors, i64 %heads, ptr %out) #0 {{
 entry:
   br label %head
 head:
@@ -383,16 +357,16 @@ head:
 {_splat("factors_of", "%factor")}
   %first = mul i64 %h, %rank
   %sums_of = getelementptr float, ptr %sums, i64 %first
-  %out_of = getelementptr i16, ptr %out, i64 %first
+  %out_of = getelementptr {element}, ptr %out, i64 %first
   br label %part
 part:
   %r = phi i64 [0, %head], [%r_next, %part]
   %at = getelementptr float, ptr %sums_of, i64 %r
   %value = load {_F}, ptr %at, align 4
   %scaled = fmul {_F} %value, %factors_of
-  %narrow = call <{HEADS} x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512({_F} %scaled)
-  %to = getelementptr i16, ptr %out_of, i64 %r
-  store <{HEADS} x bfloat> %narrow, ptr %to, align 2
+{rounding}
+  %to = getelementptr {element}, ptr %out_of, i64 %r
+  store {stored}, ptr %to, align 2
   %r_next = add nuw i64 %r, {HEADS}
   %more = icmp ult i64 %r_next, %rank
   br i1 %more, label %part, label %head_done
@@ -452,7 +426,7 @@ chunks:
   %is_first = icmp eq i64 %token, 0
   br i1 %is_first, label %mixing, label %shrinking
 shrinking:
-  call void @rescale(ptr %sums, i64 %head_bytes, i64 %rank, ptr %shrink_at)
+  call void @rescale(ptr %sums, i64 %rank, ptr %shrink_at, i64 {HEADS}, ptr %sums)
   br label %mixing
 mixing:
   br label %part

@@ -22,7 +22,7 @@ from model_shards.kernels.product_ir import ARGUMENTS, product_ir
 from model_shards.kernels.program import Call
 
 # Threads are woken for no less than this much of weights to read.
-_BYTES_OF_A_TEAM = 2**18
+BYTES_OF_A_TEAM = 2**18
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class PackedMatrices:
         target = out if out is not None and direct else torch.empty(sum(counts), self.padded_outputs)
         used = sum(1 for count in counts if count)
         # All or one: a team that shrinks ends threads, and makes them anew when it grows.
-        threads = torch.get_num_threads() if used * self._matrix_bytes >= _BYTES_OF_A_TEAM else 1
+        threads = torch.get_num_threads() if used * self._matrix_bytes >= BYTES_OF_A_TEAM else 1
         rows = (ctypes.c_int64 * len(counts))(*counts)
         call = self.call(
             replace(Rows.of(x), apart=not shared),

@@ -45,7 +45,7 @@ def exact(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Ten
 
 @pytest.fixture(params=[1, 3])
 def threads(request, monkeypatch) -> int:
-    monkeypatch.setattr(grouped_product, "_BYTES_OF_A_TEAM", 1)  # small matrices are worth a thread, too
+    monkeypatch.setattr(grouped_product, "BYTES_OF_A_TEAM", 1)  # small matrices are worth a thread, too
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
