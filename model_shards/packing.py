@@ -2,14 +2,11 @@
 
 Shapes: E matrices, P rows that lie matrix after matrix, O output and I input features.
 
-Measured in benchmarks/NOTES.md, but for AMX:
-- a CPU with AMX: oneDNN's layout, whose products of many rows use it;
-- any other with AVX2 and FMA: `model_shards.kernels`, which reads a matrix as fast as memory gives it. Operands are
-  bfloat16 where the CPU multiplies those, else float32;
-- others, and float32: F.linear on the matrix as it lies.
+What is computed with is `model_shards.kernels`, on any CPU with AVX2 and FMA: operands are bfloat16 where the CPU
+multiplies those, else float32. On others, and for float32, it is F.linear on the matrix as it lies.
 
-int8 matrices under bfloat16 activations: the same on a CPU with 8-bit dot products (VNNI). Activations are quantized to
-8 bits too, each row by itself.
+int8 matrices under bfloat16 activations: the same on a CPU with 8-bit dot products (VNNI or AMX). Activations are
+quantized to 8 bits too, each row by itself.
 
 A layout takes as many bytes as the matrix; it is opaque, and the matrix cannot be had back.
 """
@@ -22,9 +19,6 @@ import torch
 from model_shards.kernels.grouped_product import PackedMatrices, Scaling
 from model_shards.kernels.instructions import Arithmetic, Instructions, choose_instructions
 from model_shards.quantization import ZERO_POINT, Quantization, row_scales
-
-# Rows that oneDNN is told to lay the matrix out for: a decode batch's.
-_TYPICAL_ROWS = 32
 
 # [P, I] -> [P, O], float32 or the operand's dtype: the first counts[0] rows by matrix 0, and so on.
 GroupedMultiply = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
@@ -42,8 +36,6 @@ def choose_packing(dtype: torch.dtype, device: torch.device) -> Packing | None:
     """How matrices of `dtype` are laid out on this machine's `device`; None: as they lie."""
     if device.type != "cpu" or dtype is not torch.bfloat16:
         return None
-    if _has_amx(dtype):
-        return Packing(torch.bfloat16, _pack_blocked)
     instructions = choose_instructions(dtype)
     if instructions is None:
         return None
@@ -55,15 +47,10 @@ def program_instructions(dtype: torch.dtype, device: torch.device) -> Instructio
 
     Programs hand rows of bfloat16, or of 8 bits, from product to product.
     """
-    if device.type != "cpu" or _has_amx(dtype):
+    if device.type != "cpu":
         return None
     instructions = choose_instructions(dtype)
     return None if instructions is None or instructions.arithmetic is Arithmetic.WIDEN else instructions
-
-
-def _has_amx(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has the faster instructions."""
-    return bool(torch.cpu.get_capabilities().get("amx_int8" if dtype is torch.int8 else "amx_bf16"))
 
 
 def each_its_rows(
@@ -73,17 +60,6 @@ def each_its_rows(
     used = [matrix for matrix, count in enumerate(counts) if count]
     parts = torch.split(x, [counts[matrix] for matrix in used])
     return torch.cat([multiply(matrix, part) for matrix, part in zip(used, parts, strict=True)])
-
-
-def _pack_blocked(weight: torch.Tensor) -> GroupedMultiply:
-    blocked = [torch.ops.mkldnn._reorder_linear_weight(matrix, _TYPICAL_ROWS) for matrix in weight]
-
-    def multiply(matrix: int, x: torch.Tensor) -> torch.Tensor:
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, blocked[matrix], None, "none", [], "")
-        return product
-
-    num_outputs = weight.shape[1]
-    return lambda x, counts: each_its_rows(x, counts, multiply) if len(x) else x.new_empty(0, num_outputs)
 
 
 @dataclass(frozen=True)
@@ -108,8 +84,6 @@ def pack_int8(weight: torch.Tensor, scale_inv: torch.Tensor) -> GroupedMultiply 
     """
     if weight.device.type != "cpu":
         return None
-    if _has_amx(torch.int8):
-        return _pack_int8_blocked(weight, scale_inv)
     instructions = choose_instructions(weight.dtype)
     if instructions is None:
         return None
@@ -136,33 +110,3 @@ class PackedInt8:
     def scaling(self, row_scales: torch.Tensor) -> Scaling:
         """For rows of these scales, [P] or [P, 1] float32."""
         return Scaling(self._zero_sums, self._scales, row_scales)
-
-
-def _pack_int8_blocked(weight: torch.Tensor, scale_inv: torch.Tensor) -> GroupedMultiply:
-    packed = [torch.ops.onednn.qlinear_prepack(matrix, None) for matrix in weight]
-    # Eight bytes a row of a matrix: of all experts they would come to as much as some of the experts.
-    zeros = torch.zeros(weight.shape[1], dtype=torch.int64)
-
-    def multiply(matrix: int, values: torch.Tensor) -> torch.Tensor:
-        product: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
-            values,
-            1.0,
-            ZERO_POINT,
-            packed[matrix],
-            scale_inv[matrix],
-            zeros,
-            None,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
-        )
-        return product
-
-    def grouped(x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        quantized = quantize_activations(x)
-        return each_its_rows(quantized.values, counts, multiply).mul_(quantized.scale)
-
-    return grouped

@@ -60,7 +60,7 @@ def serves(config: ModelConfig, instructions: Instructions) -> bool:
     tiles = [config.kv_lora_rank, config.v_head_dim]
     return (
         not config.attention_bias
-        and prefill_attention.serves(head_shape(config))
+        and prefill_attention.serves(head_shape(config), instructions)
         and all(size % LANES == 0 for size in vectors)
         and all(size % instructions.width == 0 for size in tiles)
     )

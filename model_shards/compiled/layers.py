@@ -35,7 +35,12 @@ class CompiledLayers:
         self._last_norm = last_norm
         self._core = BlockwiseAttention(config)
         self._head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
-        self._prefill = PrefillAttention(head_shape(config), config.num_attention_heads, attention_scale(config))
+        self._prefill = PrefillAttention(
+            head_shape(config),
+            config.num_attention_heads,
+            attention_scale(config),
+            layers[0].up.valuing.instructions,
+        )
         self._uses_team = layers[0].first.nbytes + layers[0].output.nbytes >= BYTES_OF_A_TEAM
         self._free: list[Lane] = []
         self._cache: weakref.ref[LatentKVCache] | None = None  # what the last micro-batch read

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 from llvmlite import ir
 
 from model_shards.kernels.instructions import Instructions
-from model_shards.kernels.product_ir import DECLARATIONS, tiles
+from model_shards.kernels.product_ir import rows_ir
 
 LANES = 16
 
@@ -67,16 +67,19 @@ class Builder:
             name: self.int_at(self.ir.add(base, self.const(8 * index))) for index, name in enumerate(arguments)
         }
         self._body = body
+        self._configured = None if instructions is None else self.variable(self.const(0)).place
 
     def finish(self) -> str:
         """The module's text; nothing can be added afterwards."""
+        if self._instructions is not None and self._instructions.amx:
+            self._call("llvm.x86.tilerelease", ir.VoidType(), ())
         self.ir.ret_void()
         ir.IRBuilder(self._entry).branch(self._body)
         # The machine is chosen when it is compiled.
         lines = [line for line in str(self._module).splitlines() if not line.startswith("target ")]
         if self._instructions is None:
             return "\n".join(lines)
-        products = "\n".join([DECLARATIONS, *tiles(self._instructions)])
+        products = "\n".join(rows_ir(self._instructions))
         # Nothing can be declared twice, or where it is defined.
         declared = re.compile(r'declare .*@"([^"]+)"')
         kept = [line for line in lines if not ((found := declared.match(line)) and f"@{found[1]}(" in products)]
@@ -177,28 +180,11 @@ class Builder:
         self, count: Value, x: Value, x_row: Value, tile: Value, words: Value, out: Value, out_row: Value
     ) -> None:
         """`count` rows of bfloat16 times one laid-out tile (model_shards.kernels.product_ir), into rows of float32."""
-        assert self._instructions is not None, "said at the start"
-        most = self._instructions.rows
-        whole = self.ir.sub(count, self.ir.srem(count, self.const(most)))
-
-        def multiply(row: Value, rows: int) -> None:
-            nothing = ir.Constant(_POINTER, None)
-            places = [
-                self._pointer(address) for address in (self.at(x, (row, x_row)), tile, self.at(out, (row, out_row)))
-            ]
-            self._call(f"tile_{rows}", ir.VoidType(), (*places, words, x_row, out_row, nothing, nothing, nothing))
-
-        with self.loop(whole, step=most) as row:
-            multiply(row, most)
-        after = self._function.append_basic_block()
-        switch = self.ir.switch(self.ir.sub(count, whole), after)
-        for rows in range(1, most):
-            case = self._function.append_basic_block()
-            switch.add_case(self.const(rows), case)
-            self.ir.position_at_end(case)
-            multiply(whole, rows)
-            self.ir.branch(after)
-        self.ir.position_at_end(after)
+        assert self._configured is not None, "instructions are said at the start"
+        nothing = ir.Constant(_POINTER, None)
+        places = [self._pointer(address) for address in (x, tile, out)]
+        scaling = (nothing, nothing, nothing)
+        self._call("rows", ir.VoidType(), (count, *places, words, x_row, out_row, *scaling, self._configured))
 
     def store_words(self, address: Value, first: Value, second: Value) -> None:
         """Sixteen words of two bfloat16 each: a lane of `first`, and one of `second`."""
@@ -343,13 +329,13 @@ class Variable:
 
     def __init__(self, builder: ir.IRBuilder, place: Value, kind: ir.Type) -> None:
         self._ir = builder
-        self._place = place
+        self.place = place
         self._kind = kind
 
     def get(self) -> Value:
         """As of here."""
-        return self._ir.load(self._place, typ=self._kind)
+        return self._ir.load(self.place, typ=self._kind)
 
     def set(self, value: Value) -> None:
         """From here on."""
-        self._ir.store(value, self._place)
+        self._ir.store(value, self.place)

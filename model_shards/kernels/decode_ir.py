@@ -16,7 +16,8 @@ import struct
 
 from model_shards.kernels.builder import EXP_COEFFICIENTS
 from model_shards.kernels.instructions import Arithmetic, Instructions
-from model_shards.kernels.product_ir import DECLARATIONS, load_arguments, rest_of_rows, splat, tiles
+from model_shards.kernels.product_ir import load_arguments, rows_ir
+from model_shards.kernels.tile_ir import splat
 
 HEADS = 16
 # Queries are the matrix: one register of sixteen heads, and rows are tokens.
@@ -53,7 +54,7 @@ def decode_ir() -> str:
     """Defines `share` (model_shards.kernels.machine_code): pieces are sixteen heads of a sequence."""
     functions = [_exp(), _pack(), _scores(), _softmax(), _mix()]
     functions += [_scale_heads("rescale", narrow=False), _scale_heads("finish", narrow=True), _sequence(), _items()]
-    return "\n".join([DECLARATIONS, _DECLARATIONS, *tiles(INSTRUCTIONS), *functions])
+    return "\n".join([_DECLARATIONS, *rows_ir(INSTRUCTIONS), *functions])
 
 
 def _splat(name: str, scalar: str, kind: str = "float") -> str:
@@ -144,9 +145,9 @@ done:
 
 
 def _scores() -> str:
-    """Of one chunk: block after block, up to eight tokens at once."""
-    most = INSTRUCTIONS.rows
-    passed = "ptr %x, ptr %queries, ptr %out, i64 %words, i64 %row_bytes, i64 64, ptr null, ptr null, ptr null"
+    """Of one chunk, block after block."""
+    passed = "i64 %count, ptr %x, ptr %queries, ptr %out, i64 %words, i64 %row_bytes, i64 64"
+    passed += ", ptr null" * 4
     return f"""
 define internal void @scores(ptr %queries, i64 %cache, i64 %words, i64 %block_size, ptr %blocks, i64 %tokens,
                              ptr %scores) #0 {{
@@ -155,34 +156,20 @@ entry:
   %block_bytes = mul i64 %row_bytes, %block_size
   br label %block
 block:
-  %b = phi i64 [0, %entry], [%b_next, %block_done]
-  %first = phi i64 [0, %entry], [%end, %block_done]
+  %b = phi i64 [0, %entry], [%b_next, %block]
+  %first = phi i64 [0, %entry], [%end, %block]
   %full_end = add i64 %first, %block_size
   %is_last = icmp ugt i64 %full_end, %tokens
   %end = select i1 %is_last, i64 %tokens, i64 %full_end
+  %count = sub i64 %end, %first
   %number_at = getelementptr i64, ptr %blocks, i64 %b
   %number = load i64, ptr %number_at
   %block_off = mul i64 %number, %block_bytes
   %block_i = add i64 %cache, %block_off
-  br label %rows
-rows:
-  %token = phi i64 [%first, %block], [%token_next, %full]
-  %in_block = sub i64 %token, %first
-  %x_off = mul i64 %in_block, %row_bytes
-  %x_i = add i64 %block_i, %x_off
-  %x = inttoptr i64 %x_i to ptr
-  %out_off = mul i64 %token, 64
+  %x = inttoptr i64 %block_i to ptr
+  %out_off = mul i64 %first, 64
   %out = getelementptr i8, ptr %scores, i64 %out_off
-  %left = sub i64 %end, %token
-  %is_full = icmp uge i64 %left, {most}
-  br i1 %is_full, label %full, label %rest
-full:
-  call void @tile_{most}({passed})
-  %token_next = add i64 %token, {most}
-  br label %rows
-rest:
-{rest_of_rows(INSTRUCTIONS, passed, "block_done")}
-block_done:
+  call void @rows({passed})
   %b_next = add i64 %b, 1
   %more = icmp ult i64 %end, %tokens
   br i1 %more, label %block, label %done

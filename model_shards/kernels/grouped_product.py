@@ -58,6 +58,7 @@ class PackedMatrices:
         self.num_outputs, self._num_inputs = weight.shape[1:]
         self._tiles = -(-self.num_outputs // instructions.width)
         self._words = -(-self._num_inputs // instructions.word_inputs)
+        self._multiplies_by = instructions.for_words(self._words)
         self._packed = self._lay_out(weight)
 
     @property
@@ -132,7 +133,7 @@ class PackedMatrices:
         """
         first, stop, _ = matrices.indices(len(self._packed))
         return Call(
-            _code(self.instructions, narrow),
+            _code(self._multiplies_by, narrow),
             ARGUMENTS,
             x=x.address,
             x_row=x.row,

@@ -7,13 +7,20 @@ lane:
     dot      bfloat16 x bfloat16, summed in float32                       AVX512_BF16
     widen    a bfloat16 is the upper half of a float32: x of float32      AVX2 or AVX-512, with FMA
     integer  uint8 x int8, summed in int32                                AVX512_VNNI or AVX_VNNI
+
+AMX does dot and integer for 16 words of 16 outputs and 16 rows at once (model_shards.kernels.amx_ir).
 """
 
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
+
+AMX_ROWS = 16  # of x
+AMX_WORDS = 16
+_VECTOR_ROWS = 6
 
 
 class Arithmetic(Enum):
@@ -32,6 +39,11 @@ class Instructions:
     lanes: int  # 32-bit lanes of a register
     vectors: int  # registers of weights in a tile
     rows: int  # most rows of x in a tile: each has its own sums in `vectors` registers
+    amx: bool = False
+
+    def for_words(self, words: int) -> "Instructions":
+        """These, or if AMX cannot take so many words, those of vectors that read the same layout."""
+        return self if not self.amx or words % AMX_WORDS == 0 else replace(self, rows=_VECTOR_ROWS, amx=False)
 
     @property
     def width(self) -> int:
@@ -66,26 +78,39 @@ class Instructions:
 def choose_instructions(dtype: torch.dtype) -> Instructions | None:
     """What compiled products of matrices of `dtype` use on this machine's CPU; None: there are none for it."""
     able: Mapping[str, object] = torch.cpu.get_capabilities()
+    if able.get("amx_tile") and not _may_use_amx():
+        able = {name: has for name, has in able.items() if not name.startswith("amx_")}
     if dtype is torch.bfloat16:
         return bfloat16_instructions(able)
     return int8_instructions(able) if dtype is torch.int8 else None
 
 
+@functools.cache
+def _may_use_amx() -> bool:
+    """Asks the kernel, which lets a process have AMX's registers when it asks, or not."""
+    return bool(torch.cpu._init_amx())
+
+
 def bfloat16_instructions(able: Mapping[str, object]) -> Instructions | None:
     """The fastest for matrices of bfloat16; `able` is torch.cpu.get_capabilities()."""
     if able.get("avx512_bf16"):
-        return Instructions(Arithmetic.DOT, lanes=16, vectors=4, rows=6)
+        return _wide(Arithmetic.DOT, amx=bool(able.get("amx_tile") and able.get("amx_bf16")))
     if able.get("avx512_f"):
-        return Instructions(Arithmetic.WIDEN, lanes=16, vectors=4, rows=6)
+        return _wide(Arithmetic.WIDEN)
     if able.get("avx2") and able.get("fma3"):
-        return Instructions(Arithmetic.WIDEN, lanes=8, vectors=2, rows=6)
+        return Instructions(Arithmetic.WIDEN, lanes=8, vectors=2, rows=_VECTOR_ROWS)
     return None
 
 
 def int8_instructions(able: Mapping[str, object]) -> Instructions | None:
     """The fastest for matrices of int8."""
     if able.get("avx512_vnni"):
-        return Instructions(Arithmetic.INTEGER, lanes=16, vectors=4, rows=6)
+        return _wide(Arithmetic.INTEGER, amx=bool(able.get("amx_tile") and able.get("amx_int8")))
     if able.get("avx_vnni"):
-        return Instructions(Arithmetic.INTEGER, lanes=8, vectors=2, rows=6)
+        return Instructions(Arithmetic.INTEGER, lanes=8, vectors=2, rows=_VECTOR_ROWS)
     return None
+
+
+def _wide(arithmetic: Arithmetic, amx: bool = False) -> Instructions:
+    rows = AMX_ROWS if amx else _VECTOR_ROWS
+    return Instructions(arithmetic, lanes=16, vectors=4, rows=rows, amx=amx)

@@ -10,11 +10,11 @@ from collections.abc import Callable
 import torch
 
 from model_shards.kernels.grouped_product import PackedMatrices
+from model_shards.kernels.instructions import Arithmetic, Instructions
 from model_shards.kernels.prefill_ir import (
     ATTEND_ARGUMENTS,
     BLOCK,
     EXPAND_ARGUMENTS,
-    INSTRUCTIONS,
     TILE,
     TRANSPOSE_ARGUMENTS,
     HeadShape,
@@ -31,8 +31,11 @@ _CPU = torch.device("cpu")
 class PrefillAttention:
     """Memory and programs, for one thread; every layer and chunk in turn."""
 
-    def __init__(self, shape: HeadShape, heads: int, scale: float) -> None:
+    def __init__(self, shape: HeadShape, heads: int, scale: float, instructions: Instructions) -> None:
+        """`instructions`: those that W_UV is laid out for."""
         self._shape, self._heads = shape, heads
+        self._instructions = instructions
+        how = instructions.for_words(shape.rank // 2).for_words(shape.key_words)
         self._latents = torch.zeros(BLOCK, shape.rank + shape.rope, dtype=torch.bfloat16)
         self._words = torch.empty(BLOCK * shape.latent_words, dtype=torch.int32)
         self._keys = torch.empty(heads * shape.key_bytes, dtype=torch.uint8)
@@ -42,7 +45,7 @@ class PrefillAttention:
         expanded = {"keys": self._keys.data_ptr(), "values": self._values.data_ptr()}
         self._transpose = Call(transpose(shape), TRANSPOSE_ARGUMENTS, tiles=0, latents=latents, words=words)
         self._expand = Call(
-            expand(shape),
+            expand(shape, how),
             EXPAND_ARGUMENTS,
             tiles=0,
             heads=heads,
@@ -54,7 +57,7 @@ class PrefillAttention:
         )
         of_chunk = dict.fromkeys(("new", "past", "start", "is_last", "tiles", "queries", "sums", "totals", "out"), 0)
         self._attend = Call(
-            attend(shape), ATTEND_ARGUMENTS, heads=heads, scale=float_bits(scale), **expanded, **of_chunk
+            attend(shape, how), ATTEND_ARGUMENTS, heads=heads, scale=float_bits(scale), **expanded, **of_chunk
         )
         self._program = Program([self._transpose, self._expand, self._attend])
 
@@ -64,7 +67,7 @@ class PrefillAttention:
         latents: Callable[[int, int], torch.Tensor],  # (start, stop) -> [stop - start, R + O] bfloat16 of the context
         context: int,  # C
         w_uk: torch.Tensor,  # [N, P, R] bfloat16
-        w_uv: PackedMatrices,  # N of [V, R], for `prefill_ir.INSTRUCTIONS`
+        w_uv: PackedMatrices,  # N of [V, R], for the same instructions
         out: torch.Tensor,  # [Q, N, V] bfloat16
         num_threads: int,
     ) -> None:
@@ -72,7 +75,7 @@ class PrefillAttention:
         assert queries.is_contiguous(), "heads lie one after another"
         assert out.is_contiguous(), "heads lie one after another"
         assert w_uk.is_contiguous(), "heads lie one after another"
-        assert w_uv.instructions == INSTRUCTIONS, "laid out for these products"
+        assert w_uv.instructions == self._instructions, "laid out for these products"
         new = queries.shape[0]
         self._expand.set(w_uk=w_uk.data_ptr(), w_uv=w_uv.address)
         self._attend.set(
@@ -95,6 +98,8 @@ class PrefillAttention:
             self._program.run(num_threads)
 
 
-def serves(shape: HeadShape) -> bool:
+def serves(shape: HeadShape, instructions: Instructions) -> bool:
     """Whether there is compiled code for heads of these sizes."""
+    if instructions.arithmetic is not Arithmetic.DOT or instructions.width != TILE:
+        return False
     return shape.value % TILE == 0 and all(size % 2 == 0 for size in (shape.nope, shape.rope, shape.rank))

@@ -15,14 +15,13 @@ import functools
 from dataclasses import dataclass
 
 from model_shards.kernels.builder import LANES, Builder, Kind, Value
-from model_shards.kernels.instructions import Arithmetic, Instructions
+from model_shards.kernels.instructions import Instructions
 from model_shards.kernels.machine_code import TeamFunction
 
-INSTRUCTIONS = Instructions(Arithmetic.DOT, lanes=16, vectors=4, rows=6)
-TILE = INSTRUCTIONS.width
+TILE = 64  # outputs of a tile of weights
 # Keys of a block: of 16 heads of 128 and 64 elements 328 KB a head, which stay in the second-level cache.
 BLOCK = 512
-# Queries that one thread takes at once, a multiple of INSTRUCTIONS.rows.
+# Queries that one thread takes at once, a multiple of the rows that instructions take.
 QUERIES = 96
 
 _WORD = 4
@@ -95,9 +94,9 @@ EXPAND_ARGUMENTS = (
 
 
 @functools.cache
-def expand(shape: HeadShape) -> TeamFunction:
+def expand(shape: HeadShape, instructions: Instructions) -> TeamFunction:
     """Pieces are a tile of a head."""
-    build = Builder(EXPAND_ARGUMENTS, INSTRUCTIONS)
+    build = Builder(EXPAND_ARGUMENTS, instructions)
     given = build.arguments
     rank_words = build.const(shape.rank // 2)
     numbers = build.array(max(shape.nope, TILE) * TILE)
@@ -151,11 +150,11 @@ ATTEND_ARGUMENTS = (
 
 
 @functools.cache
-def attend(shape: HeadShape) -> TeamFunction:
+def attend(shape: HeadShape, instructions: Instructions) -> TeamFunction:
     """Pieces are up to QUERIES queries of a head."""
-    build = Builder(ATTEND_ARGUMENTS, INSTRUCTIONS)
+    build = Builder(ATTEND_ARGUMENTS, instructions)
     given = build.arguments
-    group = INSTRUCTIONS.rows
+    group = instructions.rows
     memory = _Memory(
         scores=build.array(group * BLOCK),
         probabilities=build.array(group * BLOCK // 2),

@@ -38,7 +38,7 @@ from tests.reference import (
 )
 
 pytestmark = pytest.mark.skipif(
-    program_instructions(torch.bfloat16, CPU) is None, reason="a CPU without AVX512_BF16, or with AMX, has no programs"
+    program_instructions(torch.bfloat16, CPU) is None, reason="a CPU without AVX512_BF16 has no programs"
 )
 
 # The smallest sizes that there are programs for.

@@ -5,21 +5,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model_shards.kernels import grouped_product
+from model_shards.kernels import grouped_product, instructions
 from model_shards.kernels.grouped_product import PackedMatrices, Scaling
-from model_shards.kernels.instructions import Arithmetic, Instructions, bfloat16_instructions, int8_instructions
+from model_shards.kernels.instructions import (
+    Arithmetic,
+    Instructions,
+    bfloat16_instructions,
+    choose_instructions,
+    int8_instructions,
+)
 from tests.reference import relative_error
 
 ABLE = torch.cpu.get_capabilities()
+CHOSEN = choose_instructions(torch.bfloat16), choose_instructions(torch.int8)
 # Not only those that are chosen here: a wider CPU has the narrower ones too.
 PLAIN = [
     how
-    for flag, how in (
-        ("avx512_bf16", Instructions(Arithmetic.DOT, lanes=16, vectors=4, rows=6)),
-        ("avx512_f", Instructions(Arithmetic.WIDEN, lanes=16, vectors=4, rows=6)),
-        ("fma3", Instructions(Arithmetic.WIDEN, lanes=8, vectors=2, rows=6)),
+    for able, how in (
+        (ABLE.get("avx512_bf16"), Instructions(Arithmetic.DOT, lanes=16, vectors=4, rows=6)),
+        (ABLE.get("avx512_f"), Instructions(Arithmetic.WIDEN, lanes=16, vectors=4, rows=6)),
+        (ABLE.get("fma3"), Instructions(Arithmetic.WIDEN, lanes=8, vectors=2, rows=6)),
     )
-    if ABLE.get(flag)
+    if able
 ]
 INTEGER = [
     how
@@ -32,6 +39,15 @@ INTEGER = [
     )
     if able
 ]
+for chosen, tested in zip(CHOSEN, (PLAIN, INTEGER), strict=True):
+    if chosen is not None and chosen.amx:
+        tested.insert(0, chosen)
+# AMX takes whole multiples of 32 and of 64.
+INPUTS = st.one_of(st.integers(1, 70), st.sampled_from([32, 64, 96, 128, 192]))
+
+
+def name(how: Instructions) -> str:
+    return f"{how.arithmetic.value}-{_width(how)}"
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -52,17 +68,17 @@ def threads(request, monkeypatch) -> int:
     torch.set_num_threads(before)
 
 
-def test_this_cpu_has_instructions_that_are_tested() -> None:
-    assert PLAIN or bfloat16_instructions(ABLE) is None
-    assert INTEGER or int8_instructions(ABLE) is None
+def test_what_is_chosen_on_this_cpu_is_tested() -> None:
+    assert CHOSEN[0] in [*PLAIN, None]
+    assert CHOSEN[1] in [*INTEGER, None]
 
 
-@pytest.mark.parametrize("how", PLAIN, ids=lambda how: f"{how.arithmetic.value}-{how.lanes}")
+@pytest.mark.parametrize("how", PLAIN, ids=name)
 @settings(max_examples=40, deadline=None)
 @given(
-    counts=st.lists(st.integers(0, 15), min_size=1, max_size=4),
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=4),
     outputs=st.integers(1, 140),
-    inputs=st.integers(1, 70),
+    inputs=INPUTS,
 )
 def test_each_matrix_multiplies_its_rows_whatever_the_shape(how, counts, outputs, inputs) -> None:
     weight = random(len(counts), outputs, inputs).bfloat16()
@@ -77,7 +93,7 @@ def test_each_matrix_multiplies_its_rows_whatever_the_shape(how, counts, outputs
     assert bool(((product.double() - expected).abs() <= 1e-6 * inputs).all())
 
 
-@pytest.mark.parametrize("how", PLAIN, ids=lambda how: f"{how.arithmetic.value}-{how.lanes}")
+@pytest.mark.parametrize("how", PLAIN, ids=name)
 def test_threads_share_the_tiles_and_a_row_does_not_depend_on_the_others(how, threads) -> None:
     counts = [7, 0, 1, 20]
     weight = random(4, 300, 96).bfloat16()
@@ -93,12 +109,12 @@ def test_threads_share_the_tiles_and_a_row_does_not_depend_on_the_others(how, th
     assert torch.equal(spoiled[:3], product[:3])
 
 
-@pytest.mark.parametrize("how", INTEGER, ids=lambda how: str(how.lanes))
+@pytest.mark.parametrize("how", INTEGER, ids=name)
 @settings(max_examples=40, deadline=None)
 @given(
-    counts=st.lists(st.integers(0, 15), min_size=1, max_size=4),
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=4),
     outputs=st.integers(1, 140),
-    inputs=st.integers(1, 70),
+    inputs=INPUTS,
 )
 def test_integers_are_exact_before_they_are_scaled(how, counts, outputs, inputs) -> None:
     generator = torch.Generator().manual_seed(3)
@@ -116,7 +132,7 @@ def test_integers_are_exact_before_they_are_scaled(how, counts, outputs, inputs)
     assert bool(((product.double() - expected).abs() <= 1e-6 * expected.abs()).all())
 
 
-@pytest.mark.parametrize("how", PLAIN, ids=lambda how: f"{how.arithmetic.value}-{how.lanes}")
+@pytest.mark.parametrize("how", PLAIN, ids=name)
 @pytest.mark.parametrize("outputs", [128, 70])
 def test_products_go_where_they_are_wanted_and_nowhere_else(how, outputs) -> None:
     counts = [3, 0, 9]
@@ -134,7 +150,7 @@ def test_products_go_where_they_are_wanted_and_nowhere_else(how, outputs) -> Non
     assert bool((apart[1::2] == 7).all())
 
 
-@pytest.mark.parametrize("how", PLAIN, ids=lambda how: f"{how.arithmetic.value}-{how.lanes}")
+@pytest.mark.parametrize("how", PLAIN, ids=name)
 def test_each_of_some_matrices_multiplies_the_same_rows(how) -> None:
     weight = random(4, 64, 24).bfloat16()
     x = random(13, 24, seed=1).to(how.operand_dtype)
@@ -144,7 +160,7 @@ def test_each_of_some_matrices_multiplies_the_same_rows(how) -> None:
     assert bool((out[:, 64:] == 7).all())
 
 
-@pytest.mark.parametrize("how", PLAIN[:1] + INTEGER[:1], ids=lambda how: how.arithmetic.value)
+@pytest.mark.parametrize("how", PLAIN[:1] + INTEGER[:1], ids=name)
 def test_what_does_not_fit_is_refused(how) -> None:
     packed = PackedMatrices(torch.zeros(2, 8, 8, dtype=how.weight_dtype), how)
     x = torch.zeros(3, 8, dtype=how.operand_dtype)
@@ -158,6 +174,9 @@ def test_what_does_not_fit_is_refused(how) -> None:
     ("flags", "plain", "integer"),
     [
         ({"avx512_bf16": True, "avx512_f": True, "avx512_vnni": True, "avx2": True, "fma3": True}, "dot 16", "16"),
+        ({"avx512_bf16": True, "avx512_vnni": True, "amx_tile": True, "amx_bf16": True}, "dot amx", "16"),
+        ({"avx512_bf16": True, "avx512_vnni": True, "amx_tile": True, "amx_int8": True}, "dot 16", "amx"),
+        ({"avx512_bf16": True, "avx512_vnni": True, "amx_int8": True, "amx_bf16": True}, "dot 16", "16"),
         ({"avx512_f": True, "avx512_vnni": True, "avx2": True, "fma3": True}, "widen 16", "16"),
         ({"avx2": True, "fma3": True, "avx_vnni": True}, "widen 8", "8"),
         ({"avx2": True, "fma3": True}, "widen 8", None),
@@ -167,5 +186,20 @@ def test_what_does_not_fit_is_refused(how) -> None:
 )
 def test_a_cpu_gets_the_widest_that_it_has(flags, plain, integer) -> None:
     chosen, chosen_integer = bfloat16_instructions(flags), int8_instructions(flags)
-    assert (None if chosen is None else f"{chosen.arithmetic.value} {chosen.lanes}") == plain
-    assert (None if chosen_integer is None else str(chosen_integer.lanes)) == integer
+    assert (None if chosen is None else f"{chosen.arithmetic.value} {_width(chosen)}") == plain
+    assert (None if chosen_integer is None else _width(chosen_integer)) == integer
+
+
+def _width(how: Instructions) -> str:
+    return "amx" if how.amx else str(how.lanes)
+
+
+def test_amx_is_used_when_the_kernel_lets_a_process_have_it(monkeypatch) -> None:
+    flags = {"avx512_bf16": True, "avx512_vnni": True, "amx_tile": True, "amx_bf16": True, "amx_int8": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    for lets in (True, False):
+        monkeypatch.setattr(instructions, "_may_use_amx", lambda lets=lets: lets)
+        for dtype in (torch.bfloat16, torch.int8):
+            chosen = choose_instructions(dtype)
+            assert chosen is not None
+            assert chosen.amx is lets
