@@ -3,7 +3,7 @@
     rows of x       counts[0] of matrix 0 | counts[1] of matrix 1 | ...
     a matrix        tile 0: word 0 of `width` outputs, word 1 of them, ... | tile 1 | ...         read once, in order
 
-Threads take every n-th tile of each matrix. A tile is multiplied by all rows of its matrix while it lies in the cache.
+Each thread takes a run of the tiles of each matrix. A tile is multiplied by all rows of its matrix while it lies in the cache.
 """
 
 from collections.abc import Sequence
@@ -35,17 +35,17 @@ ARGUMENTS = (
 
 
 def product_ir(how: Instructions, narrow: bool = False) -> str:
-    """Defines `share` (model_shards.kernels.machine_code): pieces are tiles of each matrix.
+    """Defines `share` (model_shards.kernels.machine_code): a piece is a run of the tiles of each matrix.
 
     Narrow: what is written is rounded to bfloat16; only of DOT.
     """
-    return "\n".join([*rows_ir(how, narrow), _matrices(how, narrow)])
+    return "\n".join([*rows_ir(how, narrow, streams=True), _matrices(how, narrow)])
 
 
-def rows_ir(how: Instructions, narrow: bool = False) -> list[str]:
-    """Defines `rows` of these instructions (model_shards.kernels.tile_ir)."""
+def rows_ir(how: Instructions, narrow: bool = False, streams: bool = False) -> list[str]:
+    """Defines `rows` of these instructions (model_shards.kernels.tile_ir); `streams`: of tiles that come from memory."""
     if how.amx:
-        return [DECLARATIONS, *amx_rows(how, narrow)]
+        return [DECLARATIONS, *amx_rows(how, narrow, streams)]
     return [DECLARATIONS, *vector_rows(how, narrow)]
 
 
@@ -58,7 +58,7 @@ def load_arguments(names: Sequence[str]) -> str:
 
 
 def _matrices(how: Instructions, narrow: bool) -> str:
-    """Over matrices, over every `step`-th tile of each from `first`, over its rows."""
+    """Over matrices, over this thread's tiles of each, over its rows."""
     passed = "i64 %count, ptr %x_rows, ptr %tile, ptr %out_rows, i64 %words, i64 %x_row, i64 %out_row, "
     passed += "ptr %tile_zeros, ptr %tile_scales, ptr %x_scales, ptr %configured"
     return f"""
@@ -70,6 +70,10 @@ entry:
   %outputs = mul i64 %tiles, {how.width}
   %matrix_columns = mul i64 %outputs, 4
   %tile_bytes = mul i64 %words, {4 * how.width}
+  %start_off = mul i64 %tiles, %first
+  %start = udiv i64 %start_off, %step
+  %stop_off = add i64 %start_off, %tiles
+  %stop = udiv i64 %stop_off, %step
   br label %matrix
 matrix:
   %e = phi i64 [0, %entry], [%e_next, %matrix_done]
@@ -83,11 +87,11 @@ matrix:
   %zeros_e = add i64 %zero_sums, %columns_off
   %scales_e = add i64 %scales, %columns_off
   %has_rows = icmp ne i64 %count, 0
-  %has_tiles = icmp ult i64 %first, %tiles
+  %has_tiles = icmp ult i64 %start, %stop
   %has_work = and i1 %has_rows, %has_tiles
   br i1 %has_work, label %tile_of, label %matrix_done
 tile_of:
-  %t = phi i64 [%first, %matrix], [%t_next, %tile_of]
+  %t = phi i64 [%start, %matrix], [%t_next, %tile_of]
   %tile_off = mul i64 %t, %tile_bytes
   %tile_i = add i64 %weights_e, %tile_off
   %tile = inttoptr i64 %tile_i to ptr
@@ -114,8 +118,8 @@ tile_of:
   %x_scales_i = add i64 %row_scales, %x_scales_off
   %x_scales = inttoptr i64 %x_scales_i to ptr
   call void @rows({passed})
-  %t_next = add i64 %t, %step
-  %t_more = icmp ult i64 %t_next, %tiles
+  %t_next = add i64 %t, 1
+  %t_more = icmp ult i64 %t_next, %stop
   br i1 %t_more, label %tile_of, label %matrix_done
 matrix_done:
   %e_next = add i64 %e, 1

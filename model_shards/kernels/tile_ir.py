@@ -12,9 +12,6 @@ from model_shards.kernels.instructions import Arithmetic, Instructions
 TILE_ARGUMENTS = (
     "ptr %x, ptr %w, ptr %out, i64 %words, i64 %x_row, i64 %out_row, ptr %zeros, ptr %scales, ptr %x_scales"
 )
-TILE_VALUES = (  # of the rows from %r on: `row_places`
-    "ptr %x_r, ptr %w, ptr %out_r, i64 %words, i64 %x_row, i64 %out_row, ptr %zeros, ptr %scales, ptr %scales_r"
-)
 ROWS_ARGUMENTS = f"i64 %count, {TILE_ARGUMENTS}, ptr %configured"
 
 DECLARATIONS = """
@@ -33,21 +30,26 @@ def vector_rows(how: Instructions, narrow: bool = False) -> list[str]:
 
 
 def _rows(how: Instructions) -> str:
+    passed = "ptr %x_r, ptr %w, ptr %out_r, i64 %words, i64 %x_row, i64 %out_row, ptr %zeros, ptr %scales, ptr %r_scales"
     rest = range(1, how.rows)
     cases = " ".join(f"i64 {rows}, label %rest{rows}" for rows in rest)
-    calls = "\n".join(f"rest{rows}:\n  call void @tile_{rows}({TILE_VALUES})\n  br label %done" for rows in rest)
+    calls = "\n".join(f"rest{rows}:\n  call void @tile_{rows}({passed})\n  br label %done" for rows in rest)
     return f"""
 define internal void @rows({ROWS_ARGUMENTS}) #0 {{
 entry:
   br label %next
 next:
   %r = phi i64 [0, %entry], [%r_next, %full]
-{row_places()}
+  %x_off = mul i64 %r, %x_row
+  %x_r = getelementptr i8, ptr %x, i64 %x_off
+  %out_off = mul i64 %r, %out_row
+  %out_r = getelementptr i8, ptr %out, i64 %out_off
+  %r_scales = getelementptr float, ptr %x_scales, i64 %r
   %left = sub i64 %count, %r
   %is_full = icmp uge i64 %left, {how.rows}
   br i1 %is_full, label %full, label %rest
 full:
-  call void @tile_{how.rows}({TILE_VALUES})
+  call void @tile_{how.rows}({passed})
   %r_next = add i64 %r, {how.rows}
   br label %next
 rest:
@@ -56,15 +58,6 @@ rest:
 done:
   ret void
 }}"""
-
-
-def row_places() -> str:
-    """%x_r, %out_r and %scales_r: where row %r lies."""
-    return """  %x_off = mul i64 %r, %x_row
-  %x_r = getelementptr i8, ptr %x, i64 %x_off
-  %out_off = mul i64 %r, %out_row
-  %out_r = getelementptr i8, ptr %out, i64 %out_off
-  %scales_r = getelementptr float, ptr %x_scales, i64 %r"""
 
 
 def splat(name: str, scalar: str, kind: str, lanes: int) -> str:
