@@ -14,10 +14,12 @@ from contextlib import AbstractContextManager, contextmanager
 from enum import Enum
 from typing import Any, TypeAlias
 
+import torch
 from llvmlite import ir
 
 from model_shards.kernels.instructions import Instructions
 from model_shards.kernels.product_ir import rows_ir
+from model_shards.kernels.tile_ir import DECLARATIONS
 
 LANES = 16
 
@@ -31,6 +33,12 @@ _BYTES = ir.VectorType(ir.IntType(8), LANES)
 # exp(x): 2^n times 2^f, n whole and |f| <= 1/2, by the Taylor polynomial of degree 6 (relative error 1e-7).
 EXP_COEFFICIENTS = (1.0, 0.6931471805599453, 0.2402265069591007, 0.05550410866482158, 0.009618129107628477,
                      0.0013333558146428443, 0.0001540353039338161)  # fmt: skip
+_NARROW = f"""
+define internal <{LANES} x i16> @narrow(<{LANES} x float> %value) alwaysinline {{
+  %rounded = call <{LANES} x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<{LANES} x float> %value)
+  %halves = bitcast <{LANES} x bfloat> %rounded to <{LANES} x i16>
+  ret <{LANES} x i16> %halves
+}}"""  # the library has no type for bfloat16
 _EXP_LIMIT = 126.0  # of the power of two, either way: what lies beyond is as good as nothing, or as all
 
 
@@ -55,6 +63,9 @@ class Builder:
     def __init__(self, arguments: Sequence[str], instructions: Instructions | None = None) -> None:
         """`instructions`: of the products of tiles in it, if there are any."""
         self._instructions = instructions
+        able = torch.cpu.get_capabilities()
+        self._narrows = bool(able.get("avx512_bf16"))  # whether the CPU rounds to bfloat16, and
+        self._scales = bool(able.get("avx512_f"))  # multiplies by powers of two, each in one instruction
         self._module = ir.Module()
         kind = ir.FunctionType(ir.VoidType(), (_POINTER, I64, I64))
         self._function = ir.Function(self._module, kind, "share")
@@ -77,13 +88,18 @@ class Builder:
         ir.IRBuilder(self._entry).branch(self._body)
         # The machine is chosen when it is compiled.
         lines = [line for line in str(self._module).splitlines() if not line.startswith("target ")]
-        if self._instructions is None:
-            return "\n".join(lines)
-        products = "\n".join(rows_ir(self._instructions))
+        given = []
+        if self._instructions is not None:
+            given += rows_ir(self._instructions)
+        elif self._narrows:
+            given.append(DECLARATIONS)
+        if self._narrows:
+            given.append(_NARROW)
+        text = "\n".join(given)
         # Nothing can be declared twice, or where it is defined.
         declared = re.compile(r'declare .*@"([^"]+)"')
-        kept = [line for line in lines if not ((found := declared.match(line)) and f"@{found[1]}(" in products)]
-        return "\n".join([products, *kept])
+        kept = [line for line in lines if not ((found := declared.match(line)) and f"@{found[1]}(" in text)]
+        return "\n".join([text, *kept])
 
     # --- control ------------------------------------------------------------------------------------------------
 
@@ -256,6 +272,8 @@ class Builder:
     def _rounded(self, value: Value) -> Value:
         """bfloat16 in i16."""
         build = self.ir
+        if self._narrows:
+            return self._call("narrow", _HALVES, (value,))
         bits = build.bitcast(value, _WORDS)
         odd = build.and_(build.lshr(bits, self._words(16)), self._words(1))
         nearest = build.add(bits, build.add(odd, self._words(0x7FFF)))
@@ -275,11 +293,21 @@ class Builder:
             power = build.select(build.fcmp_ordered(beyond, power, self.numbers(limit)), self.numbers(limit), power)
         whole = self._call(f"llvm.rint.v{LANES}f32", _FLOATS, (power,))
         part = build.fsub(power, whole)
-        shifted = self._call(f"llvm.fptosi.sat.v{LANES}i32.v{LANES}f32", _WORDS, (whole,))
-        exponent = build.bitcast(build.shl(build.add(shifted, self._words(127)), self._words(23)), _FLOATS)
         value: Value = self.numbers(EXP_COEFFICIENTS[-1])
         for coefficient in reversed(EXP_COEFFICIENTS[:-1]):
             value = self.fma(value, part, self.numbers(coefficient))
+        return self._times_power_of_two(value, whole)
+
+    def _times_power_of_two(self, value: Value, power: Value) -> Value:
+        """value * 2^power; powers are whole, and within the limits of exponents."""
+        build = self.ir
+        if self._scales:
+            every = ir.Constant(I16, -1)
+            as_set = ir.Constant(I32, 4)  # rounding
+            name = "llvm.x86.avx512.mask.scalef.ps.512"
+            return self._call(name, _FLOATS, (value, power, value, every, as_set))
+        shifted = self._call(f"llvm.fptosi.sat.v{LANES}i32.v{LANES}f32", _WORDS, (power,))
+        exponent = build.bitcast(build.shl(build.add(shifted, self._words(127)), self._words(23)), _FLOATS)
         return build.fmul(value, exponent)
 
     def first_lanes(self, count: Value, vector: Value, other: Value) -> Value:

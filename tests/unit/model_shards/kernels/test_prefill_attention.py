@@ -12,7 +12,6 @@ from model_shards.kernels.prefill_ir import BLOCK, HeadShape
 from tests.reference import relative_error
 
 HEADS = 3
-SCALE = 0.3
 VECTORS = Instructions(Arithmetic.DOT, lanes=16, vectors=4, rows=6)
 CHOSEN = choose_instructions(torch.bfloat16)
 
@@ -27,11 +26,13 @@ class Case:
     def __init__(self, shape: HeadShape, instructions: Instructions) -> None:
         self.shape = shape
         self.instructions = instructions
+        # Scores of random queries and latents are of the same size, whatever the shape.
+        self.scale = 2.4 / (shape.nope * shape.rank + shape.rope) ** 0.5
         self.w_uk = random(HEADS, shape.nope, shape.rank, seed=1)
         self.w_uv = random(HEADS, shape.value, shape.rank, seed=2)
 
     def new_attention(self) -> PrefillAttention:
-        return PrefillAttention(self.shape, HEADS, SCALE, self.instructions)
+        return PrefillAttention(self.shape, HEADS, self.scale, self.instructions)
 
     def queries(self, count: int, seed: int = 3) -> torch.Tensor:
         return random(count, HEADS, self.shape.nope + self.shape.rope, seed=seed)
@@ -44,7 +45,7 @@ class Case:
         kv_c, k_pe = latents.double().split([self.shape.rank, self.shape.rope], dim=1)
         k_nope = kv_c @ self.w_uk.double().transpose(1, 2)
         keys = torch.cat((k_nope, k_pe.expand(HEADS, -1, -1)), dim=-1)  # [N, C, P + O]
-        scores = torch.einsum("qnd,ncd->nqc", queries.double(), keys) * SCALE
+        scores = torch.einsum("qnd,ncd->nqc", queries.double(), keys) * self.scale
         later = torch.arange(context)[None] > torch.arange(context - new, context)[:, None]
         weights = scores.masked_fill(later, float("-inf")).softmax(-1)
         return torch.einsum("nqc,ncv->qnv", weights, kv_c @ self.w_uv.double().transpose(1, 2))
