@@ -1,9 +1,10 @@
 """The text of a grouped product in LLVM's intermediate representation (https://llvm.org/docs/LangRef.html).
 
     rows of x       counts[0] of matrix 0 | counts[1] of matrix 1 | ...
-    a matrix        tile 0: word 0 of `width` outputs, word 1 of them, ... | tile 1 | ...         read once, in order
+    a matrix        tile 0: word 0 of `width` outputs, word 1 of them, ... | tile 1 | ...
 
-Each thread takes a run of the tiles of each matrix. A tile is multiplied by all rows of its matrix while it lies in the cache.
+Each thread takes a run of the tiles of each matrix, and reads it in order. A tile is multiplied by all rows of its
+matrix while it lies in the cache.
 """
 
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ def product_ir(how: Instructions, narrow: bool = False) -> str:
 
 
 def rows_ir(how: Instructions, narrow: bool = False, streams: bool = False) -> list[str]:
-    """Defines `rows` of these instructions (model_shards.kernels.tile_ir); `streams`: of tiles that come from memory."""
+    """Defines `rows` of these instructions (model_shards.kernels.tile_ir); `streams`: tiles come from memory."""
     if how.amx:
         return [DECLARATIONS, *amx_rows(how, narrow, streams)]
     return [DECLARATIONS, *vector_rows(how, narrow)]

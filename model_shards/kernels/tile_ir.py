@@ -30,7 +30,8 @@ def vector_rows(how: Instructions, narrow: bool = False) -> list[str]:
 
 
 def _rows(how: Instructions) -> str:
-    passed = "ptr %x_r, ptr %w, ptr %out_r, i64 %words, i64 %x_row, i64 %out_row, ptr %zeros, ptr %scales, ptr %r_scales"
+    passed = "ptr %x_r, ptr %w, ptr %out_r, i64 %words, i64 %x_row, i64 %out_row, "
+    passed += "ptr %zeros, ptr %scales, ptr %row_scales"
     rest = range(1, how.rows)
     cases = " ".join(f"i64 {rows}, label %rest{rows}" for rows in rest)
     calls = "\n".join(f"rest{rows}:\n  call void @tile_{rows}({passed})\n  br label %done" for rows in rest)
@@ -44,7 +45,7 @@ next:
   %x_r = getelementptr i8, ptr %x, i64 %x_off
   %out_off = mul i64 %r, %out_row
   %out_r = getelementptr i8, ptr %out, i64 %out_off
-  %r_scales = getelementptr float, ptr %x_scales, i64 %r
+  %row_scales = getelementptr float, ptr %x_scales, i64 %r
   %left = sub i64 %count, %r
   %is_full = icmp uge i64 %left, {how.rows}
   br i1 %is_full, label %full, label %rest
