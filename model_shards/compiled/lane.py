@@ -274,7 +274,7 @@ class Lane:
         config = self._config
         head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
         return Call(
-            decode_code(),
+            decode_code(cache, config.kv_lora_rank),
             decode_ir.ARGUMENTS,
             sequences=self._number(1),
             latent_queries=self._decodes.address("latent_queries"),

@@ -83,7 +83,7 @@ class Builder:
     def finish(self) -> str:
         """The module's text; nothing can be added afterwards."""
         if self._instructions is not None and self._instructions.amx:
-            self._call("llvm.x86.tilerelease", ir.VoidType(), ())
+            self.call("llvm.x86.tilerelease", ir.VoidType(), ())
         self.ir.ret_void()
         ir.IRBuilder(self._entry).branch(self._body)
         # The machine is chosen when it is compiled.
@@ -158,19 +158,19 @@ class Builder:
 
     def int_at(self, address: Value) -> Value:
         """The i64 there."""
-        return self.ir.load(self._pointer(address), typ=I64, align=8)
+        return self.ir.load(self.pointer(address), typ=I64, align=8)
 
     def put_int(self, address: Value, value: Value) -> None:
         """Writes an i64."""
-        self.ir.store(value, self._pointer(address), align=8)
+        self.ir.store(value, self.pointer(address), align=8)
 
     def short_int_at(self, address: Value) -> Value:
         """The i32 there, as an i64."""
-        return self.ir.sext(self.ir.load(self._pointer(address), typ=I32, align=4), I64)
+        return self.ir.sext(self.ir.load(self.pointer(address), typ=I32, align=4), I64)
 
     def put_short_int(self, address: Value, value: Value) -> None:
         """Writes the lower half of an i64."""
-        self.ir.store(self.ir.trunc(value, I32), self._pointer(address), align=4)
+        self.ir.store(self.ir.trunc(value, I32), self.pointer(address), align=4)
 
     def smaller(self, a: Value, b: Value) -> Value:
         """Of two i64."""
@@ -178,16 +178,16 @@ class Builder:
 
     def copy(self, source: Value, target: Value, num_bytes: Value) -> None:
         """Between places that do not overlap."""
-        self._call(
+        self.call(
             "llvm.memcpy.p0.p0.i64",
             ir.VoidType(),
-            (self._pointer(target), self._pointer(source), num_bytes, ir.Constant(I1, 0)),
+            (self.pointer(target), self.pointer(source), num_bytes, ir.Constant(I1, 0)),
         )
 
     def _int(self, value: Value | int) -> Value:
         return self.const(value) if isinstance(value, int) else value
 
-    def _pointer(self, address: Value) -> Value:
+    def pointer(self, address: Value) -> Value:
         return self.ir.inttoptr(address, _POINTER)
 
     # --- products -----------------------------------------------------------------------------------------------
@@ -198,14 +198,50 @@ class Builder:
         """`count` rows of bfloat16 times one laid-out tile (model_shards.kernels.product_ir), into rows of float32."""
         assert self._configured is not None, "instructions are said at the start"
         nothing = ir.Constant(_POINTER, None)
-        places = [self._pointer(address) for address in (x, tile, out)]
+        places = [self.pointer(address) for address in (x, tile, out)]
         scaling = (nothing, nothing, nothing)
-        self._call("rows", ir.VoidType(), (count, *places, words, x_row, out_row, *scaling, self._configured))
+        self.call("rows", ir.VoidType(), (count, *places, words, x_row, out_row, *scaling, self._configured))
 
-    def store_words(self, address: Value, first: Value, second: Value) -> None:
+    def words(self, first: Value, second: Value) -> Value:
         """Sixteen words of two bfloat16 each: a lane of `first`, and one of `second`."""
-        low, high = (self.ir.zext(self._rounded(value), _WORDS) for value in (first, second))
-        self.ir.store(self.ir.or_(low, self.ir.shl(high, self._words(16))), self._pointer(address), align=4)
+        return self.paired(self._rounded(first), self._rounded(second))
+
+    def paired(self, first: Value, second: Value) -> Value:
+        """Sixteen words of sixteen halves and sixteen others."""
+        low, high = (self.ir.zext(halves, _WORDS) for halves in (first, second))
+        return self.ir.or_(low, self.ir.shl(high, self._words(16)))
+
+    def halves_at(self, address: Value) -> Value:
+        """Sixteen bfloat16 as they lie."""
+        return self.ir.load(self.pointer(address), typ=_HALVES, align=2)
+
+    def words_at(self, address: Value) -> Value:
+        """Sixteen words as they lie."""
+        return self.ir.load(self.pointer(address), typ=_WORDS, align=4)
+
+    def no_words(self) -> ir.Constant:
+        """Sixteen times zero."""
+        return ir.Constant(_WORDS, [0] * LANES)
+
+    def no_halves(self) -> ir.Constant:
+        """Sixteen times zero."""
+        return ir.Constant(_HALVES, [0] * LANES)
+
+    def put_words(self, address: Value, words: Value) -> None:
+        """Writes sixteen of them."""
+        self.ir.store(words, self.pointer(address), align=4)
+
+    def transposed(self, rows: Sequence[Value]) -> list[Value]:
+        """Sixteen rows of sixteen words to as many columns: halves, quarters, ... change places."""
+        rows = list(rows)
+        for width in (8, 4, 2, 1):
+            upper = [lane if not lane & width else LANES + (lane ^ width) for lane in range(LANES)]
+            lower = [lane | width if not lane & width else LANES + lane for lane in range(LANES)]
+            for first in (row for row in range(LANES) if not row & width):
+                pair = rows[first], rows[first | width]
+                for place, lanes in ((first, upper), (first | width, lower)):
+                    rows[place] = self.ir.shuffle_vector(*pair, ir.Constant(_WORDS, lanes))
+        return rows
 
     # --- one float ----------------------------------------------------------------------------------------------
 
@@ -216,11 +252,11 @@ class Builder:
 
     def float_at(self, address: Value) -> Value:
         """The float32 there."""
-        return self.ir.load(self._pointer(address), typ=F32, align=4)
+        return self.ir.load(self.pointer(address), typ=F32, align=4)
 
     def put_float(self, address: Value, value: Value) -> None:
         """Writes a float32."""
-        self.ir.store(value, self._pointer(address), align=4)
+        self.ir.store(value, self.pointer(address), align=4)
 
     def float_of(self, bits: Value) -> Value:
         """The float32 in the lower half of an i64."""
@@ -228,7 +264,7 @@ class Builder:
 
     def square_root(self, value: Value) -> Value:
         """Of a float32."""
-        return self._call("llvm.sqrt.f32", F32, (value,))
+        return self.call("llvm.sqrt.f32", F32, (value,))
 
     # --- sixteen floats -----------------------------------------------------------------------------------------
 
@@ -248,32 +284,32 @@ class Builder:
     def load(self, address: Value, kind: Kind) -> Value:
         """Sixteen elements, as float32."""
         if kind is Kind.FLOAT32:
-            return self.ir.load(self._pointer(address), typ=_FLOATS, align=4)
-        halves = self.ir.load(self._pointer(address), typ=_HALVES, align=2)
+            return self.ir.load(self.pointer(address), typ=_FLOATS, align=4)
+        halves = self.ir.load(self.pointer(address), typ=_HALVES, align=2)
         return self.ir.bitcast(self.ir.shl(self.ir.zext(halves, _WORDS), self._words(16)), _FLOATS)
 
     def store(self, address: Value, value: Value, kind: Kind) -> None:
         """Sixteen elements, rounded to nearest, ties to even; what is not a number stays none."""
         if kind is Kind.FLOAT32:
-            self.ir.store(value, self._pointer(address), align=4)
+            self.ir.store(value, self.pointer(address), align=4)
         else:
-            self.ir.store(self._rounded(value), self._pointer(address), align=2)
+            self.ir.store(self._rounded(value), self.pointer(address), align=2)
 
     def store_bytes(self, address: Value, value: Value) -> None:
         """Sixteen uint8, to nearest, ties to even, no more and no less than there are; not a number: 0."""
-        whole = self._call(f"llvm.rint.v{LANES}f32", _FLOATS, (value,))
-        narrow = self._call(f"llvm.fptoui.sat.v{LANES}i8.v{LANES}f32", _BYTES, (whole,))
-        self.ir.store(narrow, self._pointer(address), align=1)
+        whole = self.call(f"llvm.rint.v{LANES}f32", _FLOATS, (value,))
+        narrow = self.call(f"llvm.fptoui.sat.v{LANES}i8.v{LANES}f32", _BYTES, (whole,))
+        self.ir.store(narrow, self.pointer(address), align=1)
 
     def magnitude(self, value: Value) -> Value:
         """|x| of each lane."""
-        return self._call(f"llvm.fabs.v{LANES}f32", _FLOATS, (value,))
+        return self.call(f"llvm.fabs.v{LANES}f32", _FLOATS, (value,))
 
     def _rounded(self, value: Value) -> Value:
         """bfloat16 in i16."""
         build = self.ir
         if self._narrows:
-            return self._call("narrow", _HALVES, (value,))
+            return self.call("narrow", _HALVES, (value,))
         bits = build.bitcast(value, _WORDS)
         odd = build.and_(build.lshr(bits, self._words(16)), self._words(1))
         nearest = build.add(bits, build.add(odd, self._words(0x7FFF)))
@@ -283,7 +319,7 @@ class Builder:
 
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         """a * b + c, rounded once."""
-        return self._call(f"llvm.fma.v{LANES}f32", _FLOATS, (a, b, c))
+        return self.call(f"llvm.fma.v{LANES}f32", _FLOATS, (a, b, c))
 
     def exp(self, x: Value) -> Value:
         """e^x of each lane, of any size: between 2^-126 and 2^126. What is not a number stays none."""
@@ -291,7 +327,7 @@ class Builder:
         power = build.fmul(x, self.numbers(1.4426950408889634))
         for limit, beyond in ((-_EXP_LIMIT, "<"), (_EXP_LIMIT, ">")):
             power = build.select(build.fcmp_ordered(beyond, power, self.numbers(limit)), self.numbers(limit), power)
-        whole = self._call(f"llvm.rint.v{LANES}f32", _FLOATS, (power,))
+        whole = self.call(f"llvm.rint.v{LANES}f32", _FLOATS, (power,))
         part = build.fsub(power, whole)
         value: Value = self.numbers(EXP_COEFFICIENTS[-1])
         for coefficient in reversed(EXP_COEFFICIENTS[:-1]):
@@ -305,8 +341,8 @@ class Builder:
             every = ir.Constant(I16, -1)
             as_set = ir.Constant(I32, 4)  # rounding
             name = "llvm.x86.avx512.mask.scalef.ps.512"
-            return self._call(name, _FLOATS, (value, power, value, every, as_set))
-        shifted = self._call(f"llvm.fptosi.sat.v{LANES}i32.v{LANES}f32", _WORDS, (power,))
+            return self.call(name, _FLOATS, (value, power, value, every, as_set))
+        shifted = self.call(f"llvm.fptosi.sat.v{LANES}i32.v{LANES}f32", _WORDS, (power,))
         exponent = build.bitcast(build.shl(build.add(shifted, self._words(127)), self._words(23)), _FLOATS)
         return build.fmul(value, exponent)
 
@@ -322,6 +358,10 @@ class Builder:
     def larger(self, a: Value, b: Value) -> Value:
         """Lane by lane."""
         return self.ir.select(self.ir.fcmp_ordered(">", a, b), a, b)
+
+    def lane(self, vector: Value, lane: int) -> Value:
+        """One of its elements."""
+        return self.ir.extract_element(vector, ir.Constant(I32, lane))
 
     def sum(self, vector: Value) -> Value:
         """Of the lanes, by halves."""
@@ -345,7 +385,7 @@ class Builder:
     def _words(self, value: int) -> ir.Constant:
         return ir.Constant(_WORDS, [ir.Constant(I32, value)] * LANES)
 
-    def _call(self, name: str, result: ir.Type, values: Sequence[Value]) -> Value:
+    def call(self, name: str, result: ir.Type, values: Sequence[Value]) -> Value:
         known = self._module.globals.get(name)
         if known is None:
             known = ir.Function(self._module, ir.FunctionType(result, [value.type for value in values]), name)

@@ -8,6 +8,7 @@ import functools
 
 import torch
 
+from model_shards.kernels import decode_amx
 from model_shards.kernels.decode_ir import ARGUMENTS, HEADS, INSTRUCTIONS, MAX_BLOCK_SIZE, decode_ir
 from model_shards.kernels.instructions import choose_instructions
 from model_shards.kernels.machine_code import TeamFunction
@@ -42,7 +43,7 @@ def decode_attention(
     mixed = torch.empty_like(latent_queries)
     number = ctypes.c_int64(count)
     call = Call(
-        decode_code(),
+        decode_code(cache, rank),
         ARGUMENTS,
         sequences=ctypes.addressof(number),
         latent_queries=latent_queries.data_ptr(),
@@ -78,9 +79,22 @@ def table_arguments(block_tables: torch.Tensor, lengths: torch.Tensor) -> dict[s
     }
 
 
+def decode_code(cache: torch.Tensor, rank: int) -> TeamFunction:
+    """Of the calls whose arguments are `decode_ir.ARGUMENTS`, for a layer of a cache that `can_decode` takes."""
+    block_size, width = cache.shape[1:]
+    chosen = choose_instructions(torch.bfloat16)
+    if chosen is not None and chosen.amx and decode_amx.serves(rank, width - rank, block_size):
+        return _with_amx(rank, width - rank)
+    return _with_vectors()
+
+
 @functools.cache
-def decode_code() -> TeamFunction:
-    """Of the calls whose arguments are `decode_ir.ARGUMENTS`."""
+def _with_amx(rank: int, rope: int) -> TeamFunction:
+    return decode_amx.decode_amx(rank, rope)
+
+
+@functools.cache
+def _with_vectors() -> TeamFunction:
     return TeamFunction(decode_ir())
 
 

@@ -23,7 +23,7 @@ HEADS = 16
 # Queries are the matrix: one register of sixteen heads, and rows are tokens.
 INSTRUCTIONS = Instructions(Arithmetic.DOT, lanes=HEADS, vectors=1, rows=8)
 # Of 1152 bytes each: 295 KB, which stay in the second-level cache.
-_CHUNK_TOKENS = 256
+CHUNK_TOKENS = 256
 
 # What a call is told, in this order: eight bytes each.
 ARGUMENTS = (
@@ -34,7 +34,7 @@ ARGUMENTS = (
     "rope_sequence",  # bytes from sequence to sequence
     "cache",  # address of one layer's first row
     "words",  # W
-    "block_size",  # tokens, an even number; at most _CHUNK_TOKENS
+    "block_size",  # tokens, an even number; at most CHUNK_TOKENS
     "tables",  # address of int64 [D, ...], a sequence's blocks
     "table_row",  # bytes from sequence to sequence
     "lengths",  # address of int64 [D], L of each
@@ -43,7 +43,7 @@ ARGUMENTS = (
     "heads",  # N
     "scale",  # float32, as the lower four bytes
 )
-MAX_BLOCK_SIZE = _CHUNK_TOKENS
+MAX_BLOCK_SIZE = CHUNK_TOKENS
 
 _F = f"<{HEADS} x float>"
 _I = f"<{HEADS} x i32>"
@@ -374,7 +374,7 @@ define internal void @sequence(ptr %latent_queries, ptr %rope_queries, i64 %rope
                                i64 %words, i64 %block_size, ptr %blocks, i64 %length, ptr %mixed, i64 %rank,
                                float %scale) noinline #0 {{
 entry:
-  %scores = alloca [{_CHUNK_TOKENS * HEADS} x float], align 64
+  %scores = alloca [{CHUNK_TOKENS * HEADS} x float], align 64
   %state = alloca [{3 * HEADS} x float], align 64
   %packed_words = mul i64 %words, {HEADS}
   %queries = alloca i32, i64 %packed_words, align 64
@@ -399,7 +399,7 @@ entry:
   call void @pack(ptr %latent_queries, i64 %latent_head, i64 %heads, i64 %rank_words, ptr %queries)
   call void @pack(ptr %rope_queries, i64 %rope_head, i64 %heads, i64 %rope_words, ptr %packed_rope)
   call void @llvm.memset.p0.i64(ptr %sums, i8 0, i64 %sums_bytes, i1 false)
-  %chunk_blocks = udiv i64 {_CHUNK_TOKENS}, %block_size
+  %chunk_blocks = udiv i64 {CHUNK_TOKENS}, %block_size
   %chunk = mul i64 %chunk_blocks, %block_size
   br label %chunks
 chunks:

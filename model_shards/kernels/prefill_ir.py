@@ -129,7 +129,7 @@ def _pair_rows(build: Builder, numbers: Value, words: Value, count: int) -> None
         first = build.at(numbers, (pair, 2 * _ROW), (i, 4))
         second = build.ir.add(first, build.const(_ROW))
         halves = (build.load(first, Kind.FLOAT32), build.load(second, Kind.FLOAT32))
-        build.store_words(build.at(words, (pair, _ROW), (i, _WORD)), *halves)
+        build.put_words(build.at(words, (pair, _ROW), (i, _WORD)), build.words(*halves))
 
 
 ATTEND_ARGUMENTS = (

@@ -67,14 +67,15 @@ def attend(queries, cache, tables, lengths, rank, scale: float = SCALE) -> torch
 @settings(max_examples=40, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 700), min_size=1, max_size=4),
-    block_size=st.sampled_from([2, 4, 6, 16, 100, 256]),
+    block_size=st.sampled_from([2, 4, 6, 16, 48, 100, 256]),
     heads=st.sampled_from([1, 4, 16, 17, 40]),
-    rank=st.sampled_from([16, 48]),
+    sizes=st.sampled_from([(16, 8), (48, 32), (64, 32), (128, 64)]),  # the last two are sizes for AMX
 )
-def test_it_is_the_softmax_over_each_context_and_nothing_else(lengths, block_size, heads, rank) -> None:
-    cache, tables = paged(lengths, block_size, rank + 8)
+def test_it_is_the_softmax_over_each_context_and_nothing_else(lengths, block_size, heads, sizes) -> None:
+    rank, rope = sizes
+    cache, tables = paged(lengths, block_size, rank + rope)
     # From scores that are all alike to ones where a single token has all the weight.
-    queries = (random(len(lengths), heads, rank + 8, seed=7) * torch.logspace(-1, 2, heads)[:, None]).bfloat16()
+    queries = (random(len(lengths), heads, rank + rope, seed=7) * torch.logspace(-1, 2, heads)[:, None]).bfloat16()
     mixed = attend(queries, cache, tables, lengths, rank)
     assert mixed.shape == (len(lengths), heads, rank)
     # Off by the roundings of probabilities and of the result to bfloat16, and by that of nothing else.
@@ -82,29 +83,31 @@ def test_it_is_the_softmax_over_each_context_and_nothing_else(lengths, block_siz
 
 
 @needs_instructions
-def test_threads_share_the_sequences_and_none_depends_on_another(threads) -> None:
+@pytest.mark.parametrize(("rank", "rope"), [(32, 8), (64, 32)])
+def test_threads_share_the_sequences_and_none_depends_on_another(threads, rank, rope) -> None:
     lengths = [300, 1, 17, 600, 16]
-    cache, tables = paged(lengths, 16, 40)
-    queries = random(5, 20, 40, seed=7).bfloat16()
-    mixed = attend(queries, cache, tables, lengths, 32)
-    assert relative_error(mixed, exact(queries, cache, tables, lengths, 32)) < 4e-3
-    alone = attend(queries[3:4], cache, tables[3:4], lengths[3:4], 32)
+    cache, tables = paged(lengths, 16, rank + rope)
+    queries = random(5, 20, rank + rope, seed=7).bfloat16()
+    mixed = attend(queries, cache, tables, lengths, rank)
+    assert relative_error(mixed, exact(queries, cache, tables, lengths, rank)) < 4e-3
+    alone = attend(queries[3:4], cache, tables[3:4], lengths[3:4], rank)
     assert torch.equal(alone[0], mixed[3])
     cache[tables[2, 0], 5, 3] = float("nan")
-    spoiled = attend(queries, cache, tables, lengths, 32)
+    spoiled = attend(queries, cache, tables, lengths, rank)
     assert bool(spoiled[2].isnan().all())
     others = [0, 1, 3, 4]
     assert torch.equal(spoiled[others], mixed[others])
 
 
 @needs_instructions
-def test_scores_of_any_size_leave_a_softmax() -> None:
-    cache = torch.zeros(1, 4, 24, dtype=torch.bfloat16)
-    cache[0, :, 0] = torch.tensor([1.0, -1.0, 0.5, 1.0])
-    cache[0, :, 1] = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    queries = torch.zeros(1, 1, 24, dtype=torch.bfloat16)
+@pytest.mark.parametrize(("rank", "rope", "block_size"), [(16, 8, 4), (64, 32, 16)])
+def test_scores_of_any_size_leave_a_softmax(rank, rope, block_size) -> None:
+    cache = torch.zeros(1, block_size, rank + rope, dtype=torch.bfloat16)
+    cache[0, :4, 0] = torch.tensor([1.0, -1.0, 0.5, 1.0])
+    cache[0, :4, 1] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    queries = torch.zeros(1, 1, rank + rope, dtype=torch.bfloat16)
     queries[..., 0] = 1e20
-    mixed = attend(queries, cache, torch.zeros(1, 1, dtype=torch.int64), [4], 16, scale=1.0)
+    mixed = attend(queries, cache, torch.zeros(1, 1, dtype=torch.int64), [4], rank, scale=1.0)
     assert mixed[0, 0, 1].item() == pytest.approx(2.5)  # of the two that score highest, alike
 
 
