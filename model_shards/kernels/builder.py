@@ -28,6 +28,7 @@ _POINTER = ir.PointerType()
 _FLOATS = ir.VectorType(F32, LANES)
 _WORDS = ir.VectorType(I32, LANES)
 _HALVES = ir.VectorType(I16, LANES)
+_MANY_HALVES = ir.VectorType(I16, 2 * LANES)
 _BYTES = ir.VectorType(ir.IntType(8), LANES)
 
 # exp(x): 2^n times 2^f, n whole and |f| <= 1/2, by the Taylor polynomial of degree 6 (relative error 1e-7).
@@ -204,16 +205,21 @@ class Builder:
 
     def words(self, first: Value, second: Value) -> Value:
         """Sixteen words of two bfloat16 each: a lane of `first`, and one of `second`."""
-        return self.paired(self._rounded(first), self._rounded(second))
-
-    def paired(self, first: Value, second: Value) -> Value:
-        """Sixteen words of sixteen halves and sixteen others."""
-        low, high = (self.ir.zext(halves, _WORDS) for halves in (first, second))
+        low, high = (self.ir.zext(self._rounded(value), _WORDS) for value in (first, second))
         return self.ir.or_(low, self.ir.shl(high, self._words(16)))
 
     def halves_at(self, address: Value) -> Value:
-        """Sixteen bfloat16 as they lie."""
-        return self.ir.load(self.pointer(address), typ=_HALVES, align=2)
+        """Thirty-two bfloat16 as they lie."""
+        return self.ir.load(self.pointer(address), typ=_MANY_HALVES, align=2)
+
+    def interleaved(self, first: Value, second: Value) -> list[Value]:
+        """Twice sixteen words: an element of `first`, and one of `second`."""
+        numbers = [half for pair in zip(range(2 * LANES), range(2 * LANES, 4 * LANES), strict=True) for half in pair]
+        words = []
+        for part in (numbers[: 2 * LANES], numbers[2 * LANES :]):
+            places = ir.Constant(ir.VectorType(I32, 2 * LANES), part)
+            words.append(self.ir.bitcast(self.ir.shuffle_vector(first, second, places), _WORDS))
+        return words
 
     def words_at(self, address: Value) -> Value:
         """Sixteen words as they lie."""
@@ -224,8 +230,8 @@ class Builder:
         return ir.Constant(_WORDS, [0] * LANES)
 
     def no_halves(self) -> ir.Constant:
-        """Sixteen times zero."""
-        return ir.Constant(_HALVES, [0] * LANES)
+        """Thirty-two times zero."""
+        return ir.Constant(_MANY_HALVES, [0] * 2 * LANES)
 
     def put_words(self, address: Value, words: Value) -> None:
         """Writes sixteen of them."""

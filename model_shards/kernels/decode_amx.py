@@ -27,6 +27,7 @@ _TILE_WORDS = 16
 _TILE_BYTES = ROWS * ROW_BYTES
 _SUMS = 4  # registers of them
 _SPAN = 2 * _TILE_WORDS  # tokens of a tile of p, and of one of values
+_AT_ONCE = 8  # scores
 _LEAST = -3.0e38
 
 
@@ -41,9 +42,10 @@ class _Memory:
     """Of one thread."""
 
     queries: Value
+    tiles: Value  # addresses of the latents of sixteen tokens each, of the chunk
     scores: Value
     p: Value
-    values: Value
+    values: Value  # of 64 elements
     sums: Value
 
 
@@ -54,13 +56,14 @@ def decode_amx(rank: int, rope: int) -> TeamFunction:
     words = (rank + rope) // 2
     memory = _Memory(
         queries=build.array(words * _HEADS),
+        tiles=build.array(CHUNK_TOKENS // ROWS * 2),
         scores=build.array(CHUNK_TOKENS * _HEADS),
         p=build.array(CHUNK_TOKENS // 2 * _HEADS),
-        values=build.array(CHUNK_TOKENS // 2 * rank),
+        values=build.array(2 * _SUMS * _TILE_BYTES // 4),
         sums=build.array(_HEADS * rank),
     )
     amx = Amx(build)
-    head_tiles = build.ir.sdiv(build.ir.add(given["heads"], build.const(_HEADS - 1)), build.const(_HEADS))
+    head_tiles = _up(build, given["heads"], _HEADS)
     with build.pieces(build.ir.mul(build.int_at(given["sequences"]), head_tiles)) as piece:
         sequence, head = build.ir.sdiv(piece, head_tiles), build.ir.srem(piece, head_tiles)
         head = build.ir.mul(head, build.const(_HEADS))
@@ -75,6 +78,11 @@ def decode_amx(rank: int, rope: int) -> TeamFunction:
         _write(build, memory, rank, total, count, build.at(given["mixed"], (place, 2 * rank)))
     amx.release()
     return TeamFunction(build.finish())
+
+
+def _up(build: Builder, count: Value, size: int) -> Value:
+    """How many of `size` it takes."""
+    return build.ir.sdiv(build.ir.add(count, build.const(size - 1)), build.const(size))
 
 
 def _pack(build: Builder, source: Value, row: Value, count: Value, words: int, target: Value) -> None:
@@ -92,7 +100,7 @@ def _pack(build: Builder, source: Value, row: Value, count: Value, words: int, t
 
 
 def _attend(build: Builder, amx: Amx, memory: _Memory, rank: int, rope: int, sequence: Value) -> Value:
-    """Sums over the whole context; returns what they are to be divided by, of each head: a variable's value."""
+    """Sums over the whole context; returns what they are to be divided by, of each head."""
     given = build.arguments
     table = build.at(given["tables"], (sequence, given["table_row"]))
     length = build.int_at(build.at(given["lengths"], (sequence, 8)))
@@ -104,44 +112,44 @@ def _attend(build: Builder, amx: Amx, memory: _Memory, rank: int, rope: int, seq
     chunk = build.ir.mul(build.ir.sdiv(build.const(CHUNK_TOKENS), given["block_size"]), given["block_size"])
     with build.loop(length, step=chunk) as start:
         tokens = build.smaller(build.ir.sub(length, start), chunk)
-        blocks = build.at(table, (build.ir.sdiv(start, given["block_size"]), 8))
-        _scores(build, amx, memory, (rank + rope) // 2, blocks, tokens)
+        spans = _up(build, tokens, _SPAN)
+        _find_tiles(build, memory, build.at(table, (build.ir.sdiv(start, given["block_size"]), 8)), tokens)
+        _scores(build, amx, memory, (rank + rope) // 2, tokens)
         before = largest.get()
-        peak = _largest(build, memory, tokens, before)
+        peak = _largest(build, memory, tokens, spans, before)
         largest.set(peak)
         scale = build.spread(build.float_of(given["scale"]))
         shrink = build.exp(build.ir.fmul(build.ir.fsub(before, peak), scale))
-        added = _powers(build, memory, tokens, peak, scale)
-        total.set(build.fma(total.get(), shrink, added))
-        tiles = build.ir.sdiv(build.ir.add(tokens, build.const(_SPAN - 1)), build.const(_SPAN))
-        _transpose_p(build, memory, tiles)
-        _pair_values(build, memory, rank, blocks, tokens, tiles)
+        total.set(build.fma(total.get(), shrink, _powers(build, memory, spans, peak, scale)))
         with build.ir.if_then(build.ir.icmp_signed("!=", start, build.const(0))):
             _shrink(build, memory, rank, shrink)
-        _mix(build, amx, memory, rank, tiles)
+        with build.loop(build.const(rank), step=_SUMS * LANES) as element:
+            _mix(build, amx, memory, element, rank, tokens)
     return total.get()
 
 
-def _row(build: Builder, blocks: Value, token: Value) -> Value:
-    """Where the latent of a token of the chunk lies."""
+def _find_tiles(build: Builder, memory: _Memory, blocks: Value, tokens: Value) -> None:
+    """Where the latents of every sixteen tokens of the chunk lie."""
     given = build.arguments
     row = build.ir.mul(given["words"], build.const(_WORD))
-    block = build.int_at(build.at(blocks, (build.ir.sdiv(token, given["block_size"]), 8)))
-    inside = build.ir.srem(token, given["block_size"])
-    return build.at(given["cache"], (build.ir.add(build.ir.mul(block, given["block_size"]), inside), row))
+    with build.loop(_up(build, tokens, ROWS)) as tile:
+        token = build.ir.mul(tile, build.const(ROWS))
+        block = build.int_at(build.at(blocks, (build.ir.sdiv(token, given["block_size"]), 8)))
+        inside = build.ir.srem(token, given["block_size"])
+        place = build.ir.add(build.ir.mul(block, given["block_size"]), inside)
+        build.put_int(build.at(memory.tiles, (tile, 8)), build.at(given["cache"], (place, row)))
 
 
-def _scores(build: Builder, amx: Amx, memory: _Memory, words: int, blocks: Value, tokens: Value) -> None:
+def _scores(build: Builder, amx: Amx, memory: _Memory, words: int, tokens: Value) -> None:
     """Four times sixteen tokens at once; past the last of them the last are taken again, and nobody reads those."""
-    given = build.arguments
-    row = build.ir.mul(given["words"], build.const(_WORD))
-    tiles = build.ir.sdiv(build.ir.add(tokens, build.const(ROWS - 1)), build.const(ROWS))
+    row = build.ir.mul(build.arguments["words"], build.const(_WORD))
+    tiles = _up(build, tokens, ROWS)
     last = build.ir.sub(tiles, build.const(1))
     with build.loop(tiles, step=_SUMS) as first:
         starts = []
         for part in range(_SUMS):
             tile = build.smaller(build.ir.add(first, build.const(part)), last)
-            starts.append(_row(build, blocks, build.ir.mul(tile, build.const(ROWS))))
+            starts.append(build.int_at(build.at(memory.tiles, (tile, 8))))
             amx.zero(part)
         with build.loop(build.const(words), step=_TILE_WORDS) as word:
             amx.load(_SUMS, build.at(memory.queries, (word, ROW_BYTES)), build.const(ROW_BYTES))
@@ -154,80 +162,41 @@ def _scores(build: Builder, amx: Amx, memory: _Memory, words: int, blocks: Value
             amx.store(part, build.at(memory.scores, (tile, _TILE_BYTES)), build.const(ROW_BYTES))
 
 
-def _largest(build: Builder, memory: _Memory, tokens: Value, before: Value) -> Value:
+def _largest(build: Builder, memory: _Memory, tokens: Value, spans: Value, before: Value) -> Value:
+    """Scores past the end become the least, up to whole spans."""
+    end = build.ir.mul(spans, build.const(_SPAN))
+    with build.loop(end, start=tokens) as token:
+        build.store(build.at(memory.scores, (token, ROW_BYTES)), build.numbers(_LEAST), Kind.FLOAT32)
     peak = build.variable(before)
-    with build.loop(tokens) as token:
-        score = build.load(build.at(memory.scores, (token, ROW_BYTES)), Kind.FLOAT32)
-        peak.set(build.larger(score, peak.get()))
+    with build.loop(end, step=_AT_ONCE) as token:
+        scores = [
+            build.load(build.at(memory.scores, (token, ROW_BYTES), (build.const(i), ROW_BYTES)), Kind.FLOAT32)
+            for i in range(_AT_ONCE)
+        ]
+        while len(scores) > 1:
+            scores = [build.larger(one, other) for one, other in zip(scores[::2], scores[1::2], strict=True)]
+        # A score that is not a number is second here, and stays.
+        peak.set(build.larger(peak.get(), scores[0]))
     return peak.get()
 
 
-def _powers(build: Builder, memory: _Memory, tokens: Value, peak: Value, scale: Value) -> Value:
-    """Scores become powers, and zeros up to whole tiles; returns their sum."""
-    total = build.variable(build.numbers(0.0))
-    with build.loop(tokens) as token:
-        place = build.at(memory.scores, (token, ROW_BYTES))
-        power = build.exp(build.ir.fmul(build.ir.fsub(build.load(place, Kind.FLOAT32), peak), scale))
-        build.store(place, power, Kind.FLOAT32)
-        total.set(build.ir.fadd(total.get(), power))
-    up = build.ir.mul(
-        build.ir.sdiv(build.ir.add(tokens, build.const(_SPAN - 1)), build.const(_SPAN)), build.const(_SPAN)
-    )
-    with build.loop(up, start=tokens) as token:
-        build.store(build.at(memory.scores, (token, ROW_BYTES)), build.numbers(0.0), Kind.FLOAT32)
-    return total.get()
-
-
-def _transpose_p(build: Builder, memory: _Memory, tiles: Value) -> None:
-    """Powers of 32 tokens and sixteen heads to sixteen rows of 32 bfloat16."""
-    with build.loop(tiles) as tile:
-        powers = build.at(memory.scores, (tile, _SPAN * ROW_BYTES))
+def _powers(build: Builder, memory: _Memory, spans: Value, peak: Value, scale: Value) -> Value:
+    """Scores of 32 tokens and sixteen heads become p, sixteen rows of 32 bfloat16; returns the sum of all powers."""
+    totals = [build.variable(build.numbers(0.0)) for _ in range(2)]
+    with build.loop(spans) as span:
+        scores = build.at(memory.scores, (span, _SPAN * ROW_BYTES))
         pairs = []
         for pair in range(_TILE_WORDS):
-            both = [
-                build.load(build.at(powers, (build.const(2 * pair + token), ROW_BYTES)), Kind.FLOAT32)
-                for token in range(2)
-            ]
-            pairs.append(build.words(*both))
+            powers = []
+            for token, total in enumerate(totals):
+                place = build.at(scores, (build.const(2 * pair + token), ROW_BYTES))
+                below = build.ir.fsub(build.load(place, Kind.FLOAT32), peak)
+                powers.append(build.exp(build.ir.fmul(below, scale)))
+                total.set(build.ir.fadd(total.get(), powers[-1]))
+            pairs.append(build.words(*powers))
         for head, row in enumerate(build.transposed(pairs)):
-            build.put_words(build.at(memory.p, (tile, _TILE_BYTES), (build.const(head), ROW_BYTES)), row)
-
-
-def _pair_values(
-    build: Builder, memory: _Memory, rank: int, blocks: Value, tokens: Value, tiles: Value
-) -> None:
-    """The first R elements of the chunk's latents, two tokens a word, tile by tile: [R / 16] registers of 16 pairs.
-
-    A second token that is not there is zeros, and so are pairs up to the end of the tile.
-    """
-    columns = rank // LANES
-    span = columns * _TILE_BYTES
-
-    def target(pair: Value) -> Value:
-        tile, inside = build.ir.sdiv(pair, build.const(_TILE_WORDS)), build.ir.srem(pair, build.const(_TILE_WORDS))
-        return build.at(memory.values, (tile, span), (inside, ROW_BYTES))
-
-    whole = build.ir.sdiv(tokens, build.const(2))
-    row = build.ir.mul(build.arguments["words"], build.const(_WORD))
-    with build.loop(whole) as pair:
-        first = _row(build, blocks, build.ir.mul(pair, build.const(2)))
-        second = build.ir.add(first, row)  # of the same block
-        place = target(pair)
-        for column in range(columns):
-            both = [build.halves_at(build.at(start, (build.const(column), 2 * LANES))) for start in (first, second)]
-            build.put_words(build.at(place, (build.const(column), _TILE_BYTES)), build.paired(*both))
-    up = build.ir.mul(tiles, build.const(_TILE_WORDS))
-    with build.loop(up, start=whole) as pair:
-        place = target(pair)
-        for column in range(columns):
-            build.put_words(build.at(place, (build.const(column), _TILE_BYTES)), build.no_words())
-    with build.ir.if_then(build.ir.icmp_signed("!=", build.ir.srem(tokens, build.const(2)), build.const(0))):
-        first = _row(build, blocks, build.ir.sub(tokens, build.const(1)))
-        place = target(whole)
-        for column in range(columns):
-            halves = build.halves_at(build.at(first, (build.const(column), 2 * LANES)))
-            words = build.paired(halves, build.no_halves())
-            build.put_words(build.at(place, (build.const(column), _TILE_BYTES)), words)
+            build.put_words(build.at(memory.p, (span, _TILE_BYTES), (build.const(head), ROW_BYTES)), row)
+    return build.ir.fadd(*(total.get() for total in totals))
 
 
 def _shrink(build: Builder, memory: _Memory, rank: int, factors: Value) -> None:
@@ -239,23 +208,75 @@ def _shrink(build: Builder, memory: _Memory, rank: int, factors: Value) -> None:
             build.store(place, build.ir.fmul(build.load(place, Kind.FLOAT32), factor), Kind.FLOAT32)
 
 
-def _mix(build: Builder, amx: Amx, memory: _Memory, rank: int, tiles: Value) -> None:
-    """Adds the chunk to the sums, 64 elements at once."""
-    columns, row = rank // LANES, build.const(4 * rank)
-    with build.loop(build.const(columns), step=_SUMS) as column:
-        sums = build.at(memory.sums, (column, ROW_BYTES))
-        values = build.at(memory.values, (column, _TILE_BYTES))
-        for part in range(_SUMS):
-            amx.load(part, build.at(sums, (build.const(part), ROW_BYTES)), row)
-        with build.loop(tiles) as tile:
-            amx.load(_SUMS, build.at(memory.p, (tile, _TILE_BYTES)), build.const(ROW_BYTES))
-            for part in range(_SUMS):
-                matrix = _SUMS + 1 + part % 3
-                place = build.at(values, (tile, columns * _TILE_BYTES), (build.const(part), _TILE_BYTES))
-                amx.load(matrix, place, build.const(ROW_BYTES))
-                amx.multiply(part, _SUMS, matrix)
-        for part in range(_SUMS):
-            amx.store(part, build.at(sums, (build.const(part), ROW_BYTES)), row)
+def _mix(build: Builder, amx: Amx, memory: _Memory, element: Value, rank: int, tokens: Value) -> None:
+    """Adds the chunk to 64 elements of the sums."""
+    row = build.const(4 * rank)
+    sums = build.at(memory.sums, (element, 4))
+    for part in range(_SUMS):
+        amx.load(part, build.at(sums, (build.const(part), ROW_BYTES)), row)
+    whole = build.ir.sdiv(tokens, build.const(_SPAN))
+    with build.loop(whole) as span:
+        _pair_values(build, memory, element, span)
+        _multiply_span(build, amx, memory, span)
+    left = build.ir.srem(tokens, build.const(_SPAN))
+    with build.ir.if_then(build.ir.icmp_signed("!=", left, build.const(0))):
+        _pair_rest(build, memory, element, whole, left)
+        _multiply_span(build, amx, memory, whole)
+    for part in range(_SUMS):
+        amx.store(part, build.at(sums, (build.const(part), ROW_BYTES)), row)
+
+
+def _multiply_span(build: Builder, amx: Amx, memory: _Memory, span: Value) -> None:
+    amx.load(_SUMS, build.at(memory.p, (span, _TILE_BYTES)), build.const(ROW_BYTES))
+    values = build.at(memory.values, (build.ir.and_(span, build.const(1)), _SUMS * _TILE_BYTES))
+    for part in range(_SUMS):
+        matrix = _SUMS + 1 + part % 3
+        amx.load(matrix, build.at(values, (build.const(part), _TILE_BYTES)), build.const(ROW_BYTES))
+        amx.multiply(part, _SUMS, matrix)
+
+
+def _pair_values(build: Builder, memory: _Memory, element: Value, span: Value) -> None:
+    """64 elements of 32 latents from `element`, two tokens a word: a tile is sixteen pairs of sixteen elements."""
+    row = build.ir.mul(build.arguments["words"], build.const(_WORD))
+    values = build.at(memory.values, (build.ir.and_(span, build.const(1)), _SUMS * _TILE_BYTES))
+    for tile in range(2):
+        start = build.int_at(build.at(memory.tiles, (span, 16), (build.const(tile), 8)))
+        for pair in range(ROWS // 2):
+            first = build.at(start, (build.const(2 * pair), row), (element, 2))
+            second = build.ir.add(first, row)
+            inside = build.const(tile * ROWS // 2 + pair)
+            for part in range(0, _SUMS, 2):
+                column = (build.const(part), 2 * LANES)
+                both = [build.halves_at(build.at(place, column)) for place in (first, second)]
+                _put_values(build, build.at(values, (inside, ROW_BYTES)), part, both)
+
+
+def _pair_rest(build: Builder, memory: _Memory, element: Value, span: Value, tokens: Value) -> None:
+    """The same of fewer than 32 latents: a token that is not there is zeros."""
+    row = build.ir.mul(build.arguments["words"], build.const(_WORD))
+    values = build.at(memory.values, (build.ir.and_(span, build.const(1)), _SUMS * _TILE_BYTES))
+    last = build.ir.sub(tokens, build.const(1))
+    with build.loop(build.const(_TILE_WORDS)) as pair:
+        tokens_of = [build.ir.add(build.ir.mul(pair, build.const(2)), build.const(token)) for token in range(2)]
+        starts = []
+        for token in tokens_of:
+            read = build.smaller(token, last)
+            tile = build.ir.sdiv(read, build.const(ROWS))
+            start = build.int_at(build.at(memory.tiles, (span, 16), (tile, 8)))
+            starts.append(build.at(start, (build.ir.srem(read, build.const(ROWS)), row), (element, 2)))
+        for part in range(0, _SUMS, 2):
+            both = []
+            for token, start in zip(tokens_of, starts, strict=True):
+                there = build.ir.icmp_signed("<", token, tokens)
+                halves = build.halves_at(build.at(start, (build.const(part), 2 * LANES)))
+                both.append(build.ir.select(there, halves, build.no_halves()))
+            _put_values(build, build.at(values, (pair, ROW_BYTES)), part, both)
+
+
+def _put_values(build: Builder, values: Value, part: int, both: list[Value]) -> None:
+    """Thirty-two elements of two tokens to two tiles."""
+    for i, words in enumerate(build.interleaved(*both)):
+        build.put_words(build.at(values, (build.const(part + i), _TILE_BYTES)), words)
 
 
 def _write(build: Builder, memory: _Memory, rank: int, total: Value, count: Value, out: Value) -> None:
