@@ -30,8 +30,14 @@ _DAEMONS = ("gcs_server", "raylet")
 _QUIET = {"RAY_DEDUP_LOGS": "0", "RAY_SERVE_LOG_TO_STDERR": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 # torch's warnings about a connection or a wait that ended: what they mean is in our own log.
 _QUIET |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}
-# Serve's calls and streams go over gRPC: half the CPU time of Ray's streams of objects for each chunk to a client.
-SERVE_TRANSPORT = {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"}
+SERVE_TRANSPORT = {
+    # Serve's calls and streams go over gRPC: half the CPU time of Ray's streams of objects for each chunk to a client.
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    # The gateway, the replicas and their routers on Serve's own event loop: nothing of theirs blocks it, and where ranks
+    # compute on all cores each change of threads costs a first token milliseconds (benchmarks/NOTES.md).
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
 _SERVE_CONTROLLER = ("SERVE_CONTROLLER_ACTOR", "serve")
 
 

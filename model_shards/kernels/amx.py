@@ -1,4 +1,4 @@
-"""AMX's registers under a Builder's construction: eight of 16 rows of 64 bytes, by number (model_shards.kernels.amx_ir).
+"""AMX's registers in a function that a Builder builds: eight of 16 rows of 64 bytes (model_shards.kernels.amx_ir).
 
 All rows of all of them are configured, once: who has fewer rows than that has room for as many.
 """

@@ -8,7 +8,7 @@ Sixteen heads of one sequence at a time; tokens come in chunks that stay in the 
     queries   [W, 16 heads]                      transposed once: the matrix of the scores
     scores    [tokens, 16 heads]                 16 latents as they lie times the queries, four times at once
     p         [16 heads, tokens]                 exp(scale * (scores - largest)), rounded to bfloat16, transposed
-    values    [tokens / 2, R] words              an element of two latents: the matrix of the sums
+    values    [16 pairs of tokens, 64] words     an element of two latents: the matrix of 64 columns of the sums
     sums      [16 heads, R]                      p times values, with the softmax of model_shards.softmax_blocks
 
 Rows of a block past the end of a context are read and have no weight: neither their scores nor their values are used.

@@ -70,6 +70,10 @@ env:
   {{- /* deploy/launch/ray_runtime.py and cluster/device.py say why; they are read when Ray and torch are loaded. */}}
   - name: RAY_SERVE_USE_GRPC_BY_DEFAULT
     value: "1"
+  - name: RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD
+    value: "0"
+  - name: RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP
+    value: "0"
   - name: OMP_WAIT_POLICY
     value: PASSIVE
   - name: GOMP_SPINCOUNT
