@@ -33,8 +33,8 @@ _QUIET |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}
 SERVE_TRANSPORT = {
     # Serve's calls and streams go over gRPC: half the CPU time of Ray's streams of objects for each chunk to a client.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-    # The gateway, the replicas and their routers on Serve's own event loop: nothing of theirs blocks it, and where ranks
-    # compute on all cores each change of threads costs a first token milliseconds (benchmarks/NOTES.md).
+    # The gateway, the replicas and their routers on Serve's own event loop: nothing of theirs blocks it, and where
+    # ranks compute on all cores each change of threads costs a first token milliseconds (benchmarks/NOTES.md).
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
