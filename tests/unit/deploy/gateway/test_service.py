@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 from contextlib import aclosing
 
 import pytest
@@ -66,6 +67,23 @@ async def test_a_chat_goes_through_the_template_and_may_fill_the_context():
     (request,) = engine.requests
     assert list(request.prompt_token_ids) == tokenizer().render_chat(HELLO)
     assert request.max_tokens == MAX_MODEL_LEN - len(request.prompt_token_ids)
+
+
+@on_event_loop
+async def test_a_long_text_is_tokenized_beside_the_streams_and_a_short_one_at_once(monkeypatch):
+    gateway = make_gateway(ScriptedEngine())
+    threads = []
+
+    def noted(_self, text):
+        threads.append(threading.get_ident())
+        return [5]
+
+    monkeypatch.setattr(type(gateway.tokenizer), "encode", noted)
+    monkeypatch.setattr(type(gateway.tokenizer), "render_chat", noted)
+    for text in ("a" * 1000, "a" * 1001):
+        await read(await gateway.complete(MODEL, text, SamplingFields()))
+        await read(await gateway.chat(MODEL, [ChatMessage("user", text)], SamplingFields()))
+    assert [thread == threading.get_ident() for thread in threads] == [True, True, False, False]
 
 
 @on_event_loop
