@@ -7,8 +7,8 @@ Software Developer's Manual, volume 1, chapter 18), here
     4       16 words of 16 rows of x
     5..7    16 words of 16 outputs as they lie: a word of all 16 a row
 
-How many rows registers have is configured, by all of them at once, and only when it changes: more than 16 rows are taken
-16 by 16, the last of them again if need be. What is written twice is the same.
+How many rows registers have is configured, by all of them at once, and only when it changes: more than 16 rows are
+taken 16 by 16, the last of them again if need be. What is written twice is the same.
 """
 
 from model_shards.kernels.instructions import AMX_ROWS, AMX_WORDS, Arithmetic, Instructions
