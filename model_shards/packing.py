@@ -5,8 +5,8 @@ Shapes: E matrices, P rows that lie matrix after matrix, O output and I input fe
 What is computed with is `model_shards.kernels`, on any CPU with AVX2 and FMA: operands are bfloat16 where the CPU
 multiplies those, else float32. On others, and for float32, it is F.linear on the matrix as it lies.
 
-int8 matrices under bfloat16 activations: the same on a CPU with 8-bit dot products (VNNI or AMX). Activations are
-quantized to 8 bits too, each row by itself.
+int8 matrices under bfloat16 activations: the same on a CPU with 8-bit dot products (VNNI, and AMX beside it).
+Activations are quantized to 8 bits too, each row by itself.
 
 A layout takes as many bytes as the matrix; it is opaque, and the matrix cannot be had back.
 """

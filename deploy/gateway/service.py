@@ -21,6 +21,7 @@ from model_shards.errors import InvalidRequestError, OverloadedError, Unavailabl
 RETRY_AFTER_S = 1.0
 # Of a request's text: a third of a millisecond, and hardly more than it costs to have a thread do it.
 _AT_ONCE_CHARACTERS = 1000
+_MESSAGE_CHARACTERS = 20  # that a template adds to each message
 Prompt: TypeAlias = str | Sequence[int]
 
 
@@ -77,7 +78,7 @@ class Gateway:
         validation.check_model(model, self.model)
         validation.check_messages(messages, self.model)
         asked = _asked("chatcmpl", fields, None, x_request_id)
-        characters = sum(len(message.content) for message in messages)
+        characters = sum(len(message.content) + _MESSAGE_CHARACTERS for message in messages)
         return await self._accept(asked, 1, characters, lambda: [self.tokenizer.render_chat(messages)])
 
     async def tokenize(self, model: str, text: str) -> list[int]:

@@ -59,7 +59,11 @@ def running_application(settings: ShoalSettings, spec: CellSpec, ui: ServeUi) ->
 def drain_application(timeout_s: float) -> bool:
     """Refuses new requests and lets the running ones end; whether they did in time."""
     try:
-        serve.get_app_handle(APP_NAME).drain.remote().result(timeout_s=timeout_s)
+        handle = serve.get_app_handle(APP_NAME)
+        # There is no event loop here that the router could run on, as it does in the gateway (SERVE_ENVIRONMENT), which
+        # this process may have been started with.
+        handle._init(_run_router_in_separate_loop=True)
+        handle.drain.remote().result(timeout_s=timeout_s)
     except (TimeoutError, ray.exceptions.RayError, RayServeException) as error:
         log_event(logger, "not drained", logging.WARNING, error=f"{type(error).__name__}: {error}")
         return False

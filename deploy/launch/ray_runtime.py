@@ -30,11 +30,11 @@ _DAEMONS = ("gcs_server", "raylet")
 _QUIET = {"RAY_DEDUP_LOGS": "0", "RAY_SERVE_LOG_TO_STDERR": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 # torch's warnings about a connection or a wait that ended: what they mean is in our own log.
 _QUIET |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}
-SERVE_TRANSPORT = {
+SERVE_ENVIRONMENT = {
     # Serve's calls and streams go over gRPC: half the CPU time of Ray's streams of objects for each chunk to a client.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-    # The gateway, the replicas and their routers on Serve's own event loop: nothing of theirs blocks it, and where
-    # ranks compute on all cores each change of threads costs a first token milliseconds (benchmarks/NOTES.md).
+    # The gateway, the replicas and their routers on Serve's own event loop: what takes long has threads of its own, and
+    # where ranks compute on all cores each change of threads costs a first token milliseconds (benchmarks/NOTES.md).
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
@@ -68,7 +68,7 @@ def ray_runtime(settings: ShoalSettings, spec: CellSpec, signals: StopSignals) -
     address = settings.ray.address
     # What the operator set of the ranks' environment stays.
     ranks = {name: os.environ.get(name, value) for name, value in RANK_ENVIRONMENT.items()}
-    environment = {**proxy_environment(settings.server.host), **SERVE_TRANSPORT, **ranks}
+    environment = {**proxy_environment(settings.server.host), **SERVE_ENVIRONMENT, **ranks}
     os.environ.update(environment | _QUIET)
     # What Ray's and Serve's own code says in this process; trouble comes as an exception.
     for name in ("ray", "ray.serve"):

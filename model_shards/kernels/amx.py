@@ -20,6 +20,7 @@ class Amx:
     """Inside one compiled function; `release` ends it."""
 
     def __init__(self, build: Builder) -> None:
+        assert not build.multiplies_rows, "those configure the registers as they need them"
         self._build = build
         place = build.array(ROW_BYTES // 4)
         for index, value in enumerate(_CONFIGURATION):

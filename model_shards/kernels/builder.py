@@ -81,6 +81,11 @@ class Builder:
         self._body = body
         self._configured = None if instructions is None else self.variable(self.const(0)).place
 
+    @property
+    def multiplies_rows(self) -> bool:
+        """Whether there may be `tile_rows` in it."""
+        return self._instructions is not None
+
     def finish(self) -> str:
         """The module's text; nothing can be added afterwards."""
         if self._instructions is not None and self._instructions.amx:

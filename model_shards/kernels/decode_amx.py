@@ -175,7 +175,7 @@ def _largest(build: Builder, memory: _Memory, tokens: Value, spans: Value, befor
         ]
         while len(scores) > 1:
             scores = [build.larger(one, other) for one, other in zip(scores[::2], scores[1::2], strict=True)]
-        # A score that is not a number is second here, and stays.
+        # Who is not a number may be passed over: its power is none either, and so are the sums.
         peak.set(build.larger(peak.get(), scores[0]))
     return peak.get()
 

@@ -6,7 +6,7 @@ O qk_rope_head_dim.
 Sixteen heads of one sequence at a time, a head a lane. Tokens come in chunks that stay in the cache while they are read
 twice, with the softmax that `model_shards.softmax_blocks` explains:
 
-    queries [W, 16]        word by word, a matrix of 16 outputs for product_ir's tiles
+    queries [W, 16]        word by word, a matrix of 16 outputs for tile_ir's products
     scores [tokens, 16]    latent rows times the queries
     p                      exp(scale * (scores - largest)), sixteen heads in one register, rounded to bfloat16
     mixed [16, R]          each element of two latents times p of sixteen heads

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from cluster.device import RANK_ENVIRONMENT
-from deploy.launch.ray_runtime import SERVE_TRANSPORT
+from deploy.launch.ray_runtime import SERVE_ENVIRONMENT
 from tests.helm import crds
 from tests.helm.chart import CASES, CHART, RENDERS, VALUES, documents, helm, parse, pod_templates, ray_service, render
 
@@ -137,4 +137,4 @@ def test_every_ray_container_has_the_environment_that_shoal_serve_gives_its_own(
     for template in pod_templates(case).values():
         [container] = [entry for entry in template["spec"]["containers"] if "env" in entry]
         found = {entry["name"]: entry["value"] for entry in container["env"]}
-        assert {**SERVE_TRANSPORT, **RANK_ENVIRONMENT}.items() <= found.items()
+        assert {**SERVE_ENVIRONMENT, **RANK_ENVIRONMENT}.items() <= found.items()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from deploy.gateway import inference_pb2 as pb
 from deploy.gateway.inference_pb2_grpc import InferenceStub
+from deploy.launch.ray_runtime import SERVE_ENVIRONMENT
 from deploy.models import default_model_directory
 from tests.serving import running_service, serve_command
 
@@ -142,7 +143,10 @@ class Pool:
 
 @pytest.fixture(scope="module")
 def pool():
-    with contextlib.ExitStack() as stack:
+    """Started as in the chart's pods, whose environment has what `shoal serve` sets for Serve already."""
+    with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        for name, value in SERVE_ENVIRONMENT.items():
+            patch.setenv(name, value)
         yield Pool(stack)
 
 

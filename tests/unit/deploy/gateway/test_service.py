@@ -82,8 +82,13 @@ async def test_a_long_text_is_tokenized_beside_the_streams_and_a_short_one_at_on
     monkeypatch.setattr(type(gateway.tokenizer), "render_chat", noted)
     for text in ("a" * 1000, "a" * 1001):
         await read(await gateway.complete(MODEL, text, SamplingFields()))
-        await read(await gateway.chat(MODEL, [ChatMessage("user", text)], SamplingFields()))
-    assert [thread == threading.get_ident() for thread in threads] == [True, True, False, False]
+    for messages in (
+        [ChatMessage("user", "a" * 900)],
+        [ChatMessage("user", "a" * 1000)],
+        [ChatMessage("user", "")] * 99,
+    ):
+        await read(await gateway.chat(MODEL, messages, SamplingFields()))
+    assert [thread == threading.get_ident() for thread in threads] == [True, False, True, False, False]
 
 
 @on_event_loop

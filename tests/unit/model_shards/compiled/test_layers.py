@@ -66,13 +66,16 @@ BRANCHES: dict[str, dict[str, object]] = {
     "dense layers between": {"moe_layer_freq": 2, "num_hidden_layers": 5},
     "no dense layer": {"first_k_dense_replace": 0},
     "tied embeddings": {"tie_word_embeddings": True},
+    "heads of whole registers": {"qk_rope_head_dim": 32},
     "another eps": {"rms_norm_eps": 1e-2, "q_lora_rank": 48},
     "the whole of V2": {**GROUPED, "q_lora_rank": 48, "rope_parameters": YARN_ROPE},
 }
 
 
-def new_cache(model: AttentionModel, blocks: int, quantization: Quantization | None = None) -> LatentKVCache:
-    return LatentKVCache(model.config, blocks, 4, torch.bfloat16, CPU, quantization)
+def new_cache(
+    model: AttentionModel, blocks: int, quantization: Quantization | None = None, block_size: int = 4
+) -> LatentKVCache:
+    return LatentKVCache(model.config, blocks, block_size, torch.bfloat16, CPU, quantization)
 
 
 class Pair:
@@ -93,7 +96,7 @@ def in_parts(
     """Logits of all tokens; a part of one token is a decode."""
     start, logits = 0, []
     for size in sizes:
-        batch = single_sequence_batch(tokens[start:][:size], 4, start, decode=size == 1 and start > 0)
+        batch = single_sequence_batch(tokens[start:][:size], cache.block_size, start, decode=size == 1 and start > 0)
         logits.append(run_steps(model, batch, cache, routed))
         start += size
     return torch.cat(logits)
@@ -104,16 +107,18 @@ def usual_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
     return float(((logits - expected).norm(dim=1) / expected.norm(dim=1)).median())
 
 
-@pytest.mark.parametrize("branch", BRANCHES)
-def test_logits_are_as_near_to_float32_as_those_of_the_modules(branch: str) -> None:
+@pytest.mark.parametrize(
+    ("branch", "block_size"), [*((branch, 4) for branch in BRANCHES), ("heads of whole registers", 16)]
+)
+def test_logits_are_as_near_to_float32_as_those_of_the_modules(branch: str, block_size: int) -> None:
     pair = Pair(**BRANCHES[branch])
     assert pair.compiled.is_compiled
     assert not pair.plain.is_compiled
     tokens = random_tokens(131, 40, seed=2)
     expected = hf_logits(pair.reference, tokens)
     sizes = [20, 5, 9, *[1] * 6]
-    plain = in_parts(pair.plain, pair.routed, tokens, sizes, new_cache(pair.plain, 10))
-    compiled = in_parts(pair.compiled, pair.routed, tokens, sizes, new_cache(pair.compiled, 10))
+    plain = in_parts(pair.plain, pair.routed, tokens, sizes, new_cache(pair.plain, 10, block_size=block_size))
+    compiled = in_parts(pair.compiled, pair.routed, tokens, sizes, new_cache(pair.compiled, 10, block_size=block_size))
     # Of the usual token: a near tie in the gate, decided otherwise, changes one token's logits altogether.
     assert usual_error(compiled, expected) < 0.03
     assert usual_error(compiled, expected) < 1.4 * usual_error(plain, expected)

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model_shards.kernels import decode_attention as module
-from model_shards.kernels.decode_attention import can_decode, decode_attention
+from model_shards.kernels.decode_attention import can_decode, decode_attention, decode_code
+from model_shards.kernels.instructions import choose_instructions
 from tests.reference import relative_error
 
 SCALE = 0.07
@@ -80,6 +81,15 @@ def test_it_is_the_softmax_over_each_context_and_nothing_else(lengths, block_siz
     assert mixed.shape == (len(lengths), heads, rank)
     # Off by the roundings of probabilities and of the result to bfloat16, and by that of nothing else.
     assert relative_error(mixed, exact(queries, cache, tables, lengths, rank)) < 4e-3
+
+
+@needs_instructions
+def test_amx_decodes_what_is_of_whole_registers() -> None:
+    chosen = choose_instructions(torch.bfloat16)
+    has_amx = chosen is not None and chosen.amx
+    for block_size, rank, rope, fits in ((16, 512, 64, True), (4, 512, 64, False), (16, 48, 32, False)):
+        cache = torch.zeros(1, block_size, rank + rope, dtype=torch.bfloat16)
+        assert (decode_code(cache, rank) is module._with_vectors()) is not (has_amx and fits)
 
 
 @needs_instructions

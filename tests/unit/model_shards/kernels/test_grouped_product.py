@@ -17,11 +17,13 @@ from model_shards.kernels.instructions import (
 from tests.reference import relative_error
 
 ABLE = torch.cpu.get_capabilities()
+AMX = ABLE.get("amx_tile") and torch.cpu._init_amx()
 CHOSEN = choose_instructions(torch.bfloat16), choose_instructions(torch.int8)
 # Not only those that are chosen here: a wider CPU has the narrower ones too.
 PLAIN = [
     how
     for able, how in (
+        (AMX and ABLE.get("amx_bf16"), Instructions(Arithmetic.DOT, lanes=16, vectors=4, rows=16, amx=True)),
         (ABLE.get("avx512_bf16"), Instructions(Arithmetic.DOT, lanes=16, vectors=4, rows=6)),
         (ABLE.get("avx512_f"), Instructions(Arithmetic.WIDEN, lanes=16, vectors=4, rows=6)),
         (ABLE.get("fma3"), Instructions(Arithmetic.WIDEN, lanes=8, vectors=2, rows=6)),
@@ -31,6 +33,7 @@ PLAIN = [
 INTEGER = [
     how
     for able, how in (
+        (AMX and ABLE.get("amx_int8"), Instructions(Arithmetic.INTEGER, lanes=16, vectors=4, rows=16, amx=True)),
         (ABLE.get("avx512_vnni"), Instructions(Arithmetic.INTEGER, lanes=16, vectors=4, rows=6)),
         (
             ABLE.get("avx_vnni") or (ABLE.get("avx512_vnni") and ABLE.get("avx512_vl")),
@@ -39,9 +42,6 @@ INTEGER = [
     )
     if able
 ]
-for chosen, tested in zip(CHOSEN, (PLAIN, INTEGER), strict=True):
-    if chosen is not None and chosen.amx:
-        tested.insert(0, chosen)
 # AMX takes whole multiples of 32 and of 64.
 INPUTS = st.one_of(st.integers(1, 70), st.sampled_from([32, 64, 96, 128, 192]))
 

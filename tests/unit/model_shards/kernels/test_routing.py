@@ -12,6 +12,8 @@ from tests.reference import CPU, make_hf_config, model_config_of
 
 HIDDEN = 64
 
+pytestmark = pytest.mark.usefixtures("built_for")
+
 
 def gate(**overrides: object) -> Gate:
     shape = {"hidden_size": HIDDEN, "n_routed_experts": 32, "num_experts_per_tok": 4}

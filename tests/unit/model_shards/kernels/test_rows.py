@@ -17,6 +17,8 @@ SIZES = st.sampled_from([16, 48, 64, 160])
 COUNTS = st.integers(0, 9)
 EPS = 1e-3
 
+pytestmark = pytest.mark.usefixtures("built_for")
+
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
