@@ -24,7 +24,7 @@ from model_shards.weights.background import BackgroundChecks
 from model_shards.weights.check import Checkpoint
 from model_shards.weights.header import StoredTensor
 from model_shards.weights.memory import attention_slice_bytes, available_bytes, check_memory, expert_slice_bytes
-from model_shards.weights.reading import check_tensor, open_weights, read_unchecked
+from model_shards.weights.reading import ReadAhead, check_tensor, open_weights, read_unchecked
 
 # Called with (bytes read, bytes to read): once before the first tensor and once after each.
 Progress = Callable[[int, int], None]
@@ -99,7 +99,10 @@ def _fill(
     with BackgroundChecks() as checks:
         for file, jobs_of_file in groupby(jobs, key=lambda job: job[0].file):
             with open_weights(file) as stream:
-                for tensor, view in jobs_of_file:
+                here = list(jobs_of_file)
+                ahead = ReadAhead(stream, [tensor for tensor, _ in here])
+                for tensor, view in here:
+                    ahead.reading(tensor)
                     if _as_stored(tensor, view):
                         target = _bytes_of(view)
                         read_unchecked(stream, tensor, target)

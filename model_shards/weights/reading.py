@@ -1,11 +1,18 @@
 """Bytes of tensors from a safetensors file, checked against the sum that a cut checkpoint has for them."""
 
 import hashlib
+import os
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
 from model_shards.errors import CheckpointError
 from model_shards.weights.header import StoredTensor
+
+# What a disk is asked for ahead of what is read.
+AHEAD_BYTES = 2**25
 
 REMEDY = "copy the file again, or delete it and run the same `shoal shard` again, which cuts it anew"
 
@@ -19,6 +26,33 @@ def open_weights(file: Path) -> FileIO:
         return file.open("rb", buffering=0)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+
+
+class ReadAhead:
+    """Asks the system for the tensors that are read next, in order, while one is copied out of its cache.
+
+    By itself it reads ahead within one run of bytes, and little: a slice is many runs, and each would be waited for.
+    """
+
+    def __init__(self, stream: FileIO, tensors: Sequence[StoredTensor]) -> None:
+        """All that will be read of an open file, in that order."""
+        self._stream = stream
+        self._ahead = deque(tensors)
+        self._asked = 0  # bytes that were asked for and are not read yet
+
+    def reading(self, tensor: StoredTensor) -> None:
+        """This one is the next."""
+        while self._ahead and self._asked < AHEAD_BYTES:
+            following = self._ahead.popleft()
+            self._asked += following.num_bytes
+            _ask_for(self._stream, following)
+        self._asked -= tensor.num_bytes
+
+
+def _ask_for(stream: FileIO, tensor: StoredTensor) -> None:
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):  # whether it can be read shows when it is
+            os.posix_fadvise(stream.fileno(), tensor.start, tensor.num_bytes, os.POSIX_FADV_WILLNEED)
 
 
 class TensorReader:
