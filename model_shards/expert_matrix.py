@@ -15,8 +15,8 @@ from model_shards.linear import frozen_parameter, release
 from model_shards.packing import (
     GroupedMultiply,
     PackedInt8,
-    choose_packing,
     each_its_rows,
+    pack,
     pack_int8,
     program_instructions,
 )
@@ -75,8 +75,8 @@ class ExpertMatrix(GroupedMatrix, nn.Module):
         return None if instructions is None else PackedMatrices(self.weight.data, instructions)
 
     def _laid_out(self) -> GroupedMatrix:
-        packing = choose_packing(self.weight.dtype, self.weight.device)
-        return self if packing is None else _LaidOut(packing.operand, packing.pack(self.weight.data))
+        packed = pack(self.weight.data)
+        return self if packed is None else _LaidOut(packed.instructions.operand_dtype, packed.multiply)
 
 
 class QuantizedExpertMatrix(ExpertMatrix):

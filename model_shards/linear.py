@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model_shards.packing import GroupedMultiply, choose_packing
+from model_shards.kernels.grouped_product import PackedMatrices
+from model_shards.packing import pack
 
 
 def frozen_parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
@@ -27,29 +28,25 @@ class FrozenLinear(nn.Module):
         self.weight = frozen_parameter((out_features, in_features), dtype, device)
         self.bias = frozen_parameter((out_features,), dtype, device) if bias else None
         self._out_features = out_features
-        self._operand: torch.dtype | None = None
-        self._multiply: GroupedMultiply | None = None
+        self._packed: PackedMatrices | None = None
 
     def lay_out(self) -> None:
         """Lays the matrix out for this device (model_shards.packing); once, after it was filled.
 
         Where there is a layout, `weight` has no elements afterwards.
         """
-        packing = choose_packing(self.weight.dtype, self.weight.device)
-        if packing is None:
-            return
-        self._operand = packing.operand
-        self._multiply = packing.pack(self.weight.data[None])
-        release(self.weight)
+        self._packed = pack(self.weight.data[None])
+        if self._packed is not None:
+            release(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features], in x's dtype."""
-        return F.linear(x, self.weight, self.bias) if self._multiply is None else self.product(x).to(x.dtype)
+        return F.linear(x, self.weight, self.bias) if self._packed is None else self.product(x).to(x.dtype)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """As `forward`, in the dtype that the product has anyway: not narrower than x's."""
-        if self._multiply is None:
+        if self._packed is None:
             return F.linear(x, self.weight, self.bias)
-        rows = x.reshape(-1, x.shape[-1]).to(self._operand)
-        product = self._multiply(rows, (rows.shape[0],)).view(*x.shape[:-1], self._out_features)
+        rows = x.reshape(-1, x.shape[-1]).to(self._packed.instructions.operand_dtype)
+        product = self._packed.multiply(rows, (rows.shape[0],)).view(*x.shape[:-1], self._out_features)
         return product if self.bias is None else product.add_(self.bias)

@@ -24,22 +24,12 @@ from model_shards.quantization import ZERO_POINT, Quantization, row_scales
 GroupedMultiply = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Packing:
-    """A way to lay matrices out."""
-
-    operand: torch.dtype  # of x
-    pack: Callable[[torch.Tensor], GroupedMultiply]  # from W [E, O, I], which the caller may let go of
-
-
-def choose_packing(dtype: torch.dtype, device: torch.device) -> Packing | None:
-    """How matrices of `dtype` are laid out on this machine's `device`; None: as they lie."""
-    if device.type != "cpu" or dtype is not torch.bfloat16:
+def pack(weight: torch.Tensor) -> PackedMatrices | None:
+    """Lays out W [E, O, I], which the caller may let go of; None: on this machine it is multiplied as it lies."""
+    if weight.device.type != "cpu" or weight.dtype is not torch.bfloat16:
         return None
-    instructions = choose_instructions(dtype)
-    if instructions is None:
-        return None
-    return Packing(instructions.operand_dtype, lambda weight: PackedMatrices(weight, instructions).multiply)
+    instructions = choose_instructions(weight.dtype)
+    return None if instructions is None else PackedMatrices(weight, instructions)
 
 
 def program_instructions(dtype: torch.dtype, device: torch.device) -> Instructions | None:

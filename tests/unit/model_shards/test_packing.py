@@ -5,9 +5,9 @@ import torch
 
 from model_shards import packing
 from model_shards.expert_matrix import make_expert_matrix
-from model_shards.kernels.instructions import int8_instructions
+from model_shards.kernels.instructions import choose_instructions, int8_instructions
 from model_shards.linear import FrozenLinear
-from model_shards.packing import choose_packing, pack_int8, quantize_activations
+from model_shards.packing import pack, pack_int8, quantize_activations
 from model_shards.quantization import Quantization, quantize_rows
 from tests.reference import CPU, relative_error
 
@@ -17,8 +17,8 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_what_lies_in_float32_or_on_another_device_is_left_as_it_is() -> None:
-    assert choose_packing(torch.float32, CPU) is None
-    assert choose_packing(torch.bfloat16, torch.device("cuda")) is None
+    assert pack(torch.zeros(1, 2, 3)) is None
+    assert pack(torch.zeros(1, 2, 3, dtype=torch.bfloat16, device="meta")) is None
 
 
 @pytest.mark.parametrize(
@@ -33,8 +33,8 @@ def test_what_lies_in_float32_or_on_another_device_is_left_as_it_is() -> None:
 )
 def test_the_layout_is_the_one_for_this_cpu(monkeypatch, flags, operand) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
-    chosen = choose_packing(torch.bfloat16, CPU)
-    assert (None if chosen is None else chosen.operand) is operand
+    packed = pack(torch.zeros(1, 2, 3, dtype=torch.bfloat16))
+    assert (None if packed is None else packed.instructions.operand_dtype) is operand
 
 
 OWN = torch.cpu.get_capabilities()
@@ -59,7 +59,7 @@ def test_a_linear_gives_the_same_before_and_after_whatever_the_cpu(monkeypatch, 
     assert after.shape == before.shape
     assert relative_error(after, before.double()) < 6e-3
     assert linear(x[:0]).shape == (0, 3, 40)  # a rank without tokens takes part in a step
-    assert linear.weight.numel() == (24 * 40 if choose_packing(torch.bfloat16, CPU) is None else 0)
+    assert linear.weight.numel() == (24 * 40 if choose_instructions(torch.bfloat16) is None else 0)
 
 
 @CPUS
