@@ -3,27 +3,28 @@
 All rows of all of them are configured, once: who has fewer rows than that has room for as many.
 """
 
+import struct
+
 from llvmlite import ir
 
+from model_shards.kernels.amx_ir import configuration
 from model_shards.kernels.builder import Builder, Value
-
-ROWS = 16
-ROW_BYTES = 64
+from model_shards.kernels.instructions import AMX_ROWS
 
 _NUMBER = ir.IntType(8)
 _NOTHING = ir.VoidType()
-# The palette, then bytes of a row of each register, then rows of each (Intel's manual, volume 1, 18.2).
-_CONFIGURATION = (1, 0, *[0x0040004000400040] * 2, 0, 0, 0x1010101010101010, 0)
 
 
 class Amx:
-    """Inside one compiled function; `release` ends it."""
+    """Inside one compiled function; the Builder gives the registers back at its end."""
 
     def __init__(self, build: Builder) -> None:
-        assert not build.multiplies_rows, "those configure the registers as they need them"
+        assert not build.has_tiles, "whoever multiplies rows configures the registers as it needs them"
+        build.has_tiles = True
         self._build = build
-        place = build.array(ROW_BYTES // 4)
-        for index, value in enumerate(_CONFIGURATION):
+        numbers = struct.unpack("<8q", configuration(AMX_ROWS))
+        place = build.array(2 * len(numbers))
+        for index, value in enumerate(numbers):
             build.put_int(build.at(place, (build.const(index), 8)), build.const(value))
         build.call("llvm.x86.ldtilecfg", _NOTHING, (build.pointer(place),))
 
@@ -45,10 +46,6 @@ class Amx:
         """sums += x matrix: 16 words of 16 rows of x, and of the matrix a word of 16 outputs a row; of bfloat16."""
         registers = (_number(sums), _number(x), _number(matrix))
         self._build.call("llvm.x86.tdpbf16ps", _NOTHING, registers)
-
-    def release(self) -> None:
-        """Gives the registers back."""
-        self._build.call("llvm.x86.tilerelease", _NOTHING, ())
 
 
 def _number(register: int) -> ir.Constant:

@@ -14,7 +14,7 @@ taken 16 by 16, the last of them again if need be. What is written twice is the 
 from model_shards.kernels.instructions import AMX_ROWS, AMX_WORDS, Arithmetic, Instructions
 from model_shards.kernels.tile_ir import ROWS_ARGUMENTS, TILE_ARGUMENTS, written
 
-_ROW_BYTES = 64
+ROW_BYTES = 64  # of a register
 _CONFIG_BYTES = 64
 _LINE = 64  # bytes of the cache
 _X = 4
@@ -44,14 +44,14 @@ def amx_rows(how: Instructions, narrow: bool = False, streams: bool = False) -> 
 
 def _configurations() -> str:
     """@configurations: one for each number of rows."""
-    table = b"".join(_configuration(rows) for rows in range(1, AMX_ROWS + 1))
+    table = b"".join(configuration(rows) for rows in range(1, AMX_ROWS + 1))
     text = "".join(f"\\{byte:02x}" for byte in table)
     return f'@configurations = internal constant [{len(table)} x i8] c"{text}", align 64'
 
 
-def _configuration(rows: int) -> bytes:
-    """The palette, then bytes of a row and rows of each register."""
-    widths = _ROW_BYTES.to_bytes(2, "little") * 8
+def configuration(rows: int) -> bytes:
+    """For `rows` of x: the palette, then bytes of a row and rows of each register."""
+    widths = ROW_BYTES.to_bytes(2, "little") * 8
     heights = bytes(rows if register <= _X else AMX_WORDS for register in range(8))
     return (bytes([1]).ljust(16, b"\0") + widths.ljust(32, b"\0") + heights).ljust(_CONFIG_BYTES, b"\0")
 
@@ -111,12 +111,12 @@ def _tile(how: Instructions, narrow: bool, streams: bool) -> str:
         matrix = _X + 1 + column % 3
         zeros.append(f"  call void @llvm.x86.tilezero(i8 {column})")
         steps += [
-            f"  %w{column} = getelementptr i8, ptr %w_k, i64 {_ROW_BYTES * column}",
+            f"  %w{column} = getelementptr i8, ptr %w_k, i64 {ROW_BYTES * column}",
             f"  call void @llvm.x86.tileloadd64(i8 {matrix}, ptr %w{column}, i64 {pitch})",
             f"  call void @llvm.x86.{multiply}(i8 {column}, i8 {_X}, i8 {matrix})",
         ]
         stores += [
-            f"  %s{column} = getelementptr i8, ptr {place}, i64 {_ROW_BYTES * column}",
+            f"  %s{column} = getelementptr i8, ptr {place}, i64 {ROW_BYTES * column}",
             f"  call void @llvm.x86.tilestored64(i8 {column}, ptr %s{column}, i64 {row})",
         ]
     if not direct:

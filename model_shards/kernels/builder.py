@@ -34,13 +34,15 @@ _BYTES = ir.VectorType(ir.IntType(8), LANES)
 # exp(x): 2^n times 2^f, n whole and |f| <= 1/2, by the Taylor polynomial of degree 6 (relative error 1e-7).
 EXP_COEFFICIENTS = (1.0, 0.6931471805599453, 0.2402265069591007, 0.05550410866482158, 0.009618129107628477,
                      0.0013333558146428443, 0.0001540353039338161)  # fmt: skip
+_EXP_LIMIT = 126.0  # of the power of two, either way: what lies beyond is as good as nothing, or as all
+
+# Rounds to bfloat16, for which the library has no type.
 _NARROW = f"""
 define internal <{LANES} x i16> @narrow(<{LANES} x float> %value) alwaysinline {{
   %rounded = call <{LANES} x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<{LANES} x float> %value)
   %halves = bitcast <{LANES} x bfloat> %rounded to <{LANES} x i16>
   ret <{LANES} x i16> %halves
-}}"""  # the library has no type for bfloat16
-_EXP_LIMIT = 126.0  # of the power of two, either way: what lies beyond is as good as nothing, or as all
+}}"""
 
 
 class Kind(Enum):
@@ -64,6 +66,7 @@ class Builder:
     def __init__(self, arguments: Sequence[str], instructions: Instructions | None = None) -> None:
         """`instructions`: of the products of tiles in it, if there are any."""
         self._instructions = instructions
+        self.has_tiles = instructions is not None and instructions.amx  # AMX's registers, which are given back
         able = torch.cpu.get_capabilities()
         self._narrows = bool(able.get("avx512_bf16"))  # whether the CPU rounds to bfloat16, and
         self._scales = bool(able.get("avx512_f"))  # multiplies by powers of two, each in one instruction
@@ -81,14 +84,9 @@ class Builder:
         self._body = body
         self._configured = None if instructions is None else self.variable(self.const(0)).place
 
-    @property
-    def multiplies_rows(self) -> bool:
-        """Whether there may be `tile_rows` in it."""
-        return self._instructions is not None
-
     def finish(self) -> str:
         """The module's text; nothing can be added afterwards."""
-        if self._instructions is not None and self._instructions.amx:
+        if self.has_tiles:
             self.call("llvm.x86.tilerelease", ir.VoidType(), ())
         self.ir.ret_void()
         ir.IRBuilder(self._entry).branch(self._body)
@@ -196,6 +194,7 @@ class Builder:
         return self.const(value) if isinstance(value, int) else value
 
     def pointer(self, address: Value) -> Value:
+        """As calls of the library take it."""
         return self.ir.inttoptr(address, _POINTER)
 
     # --- products -----------------------------------------------------------------------------------------------
@@ -399,6 +398,7 @@ class Builder:
         return ir.Constant(_WORDS, [ir.Constant(I32, value)] * LANES)
 
     def call(self, name: str, result: ir.Type, values: Sequence[Value]) -> Value:
+        """An intrinsic of LLVM, or a function that the module is given."""
         known = self._module.globals.get(name)
         if known is None:
             known = ir.Function(self._module, ir.FunctionType(result, [value.type for value in values]), name)

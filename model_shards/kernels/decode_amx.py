@@ -16,25 +16,26 @@ Rows of a block past the end of a context are read and have no weight: neither t
 
 from dataclasses import dataclass
 
-from model_shards.kernels.amx import ROW_BYTES, ROWS, Amx
+from model_shards.kernels.amx import Amx
+from model_shards.kernels.amx_ir import ROW_BYTES
 from model_shards.kernels.builder import LANES, Builder, Kind, Value
 from model_shards.kernels.decode_ir import ARGUMENTS, CHUNK_TOKENS
+from model_shards.kernels.instructions import AMX_ROWS, AMX_WORDS
 from model_shards.kernels.machine_code import TeamFunction
 
 _WORD = 4
 _HEADS = LANES
-_TILE_WORDS = 16
-_TILE_BYTES = ROWS * ROW_BYTES
+_TILE_BYTES = AMX_ROWS * ROW_BYTES
 _SUMS = 4  # registers of them
-_SPAN = 2 * _TILE_WORDS  # tokens of a tile of p, and of one of values
+_SPAN = 2 * AMX_WORDS  # tokens of a tile of p, and of one of values
 _AT_ONCE = 8  # scores
 _LEAST = -3.0e38
 
 
 def serves(rank: int, rope: int, block_size: int) -> bool:
     """Whether whole registers make up such latents and blocks."""
-    whole = 2 * _TILE_WORDS
-    return rank % (_SUMS * LANES) == 0 and rope % whole == 0 and block_size % ROWS == 0
+    whole = 2 * AMX_WORDS
+    return rank % (_SUMS * LANES) == 0 and rope % whole == 0 and block_size % AMX_ROWS == 0
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def decode_amx(rank: int, rope: int) -> TeamFunction:
     words = (rank + rope) // 2
     memory = _Memory(
         queries=build.array(words * _HEADS),
-        tiles=build.array(CHUNK_TOKENS // ROWS * 2),
+        tiles=build.array(CHUNK_TOKENS // AMX_ROWS * 2),
         scores=build.array(CHUNK_TOKENS * _HEADS),
         p=build.array(CHUNK_TOKENS // 2 * _HEADS),
         values=build.array(2 * _SUMS * _TILE_BYTES // 4),
@@ -76,7 +77,6 @@ def decode_amx(rank: int, rope: int) -> TeamFunction:
         _pack(build, rotated, given["rope_head"], count, rope // 2, behind)
         total = _attend(build, amx, memory, rank, rope, sequence)
         _write(build, memory, rank, total, count, build.at(given["mixed"], (place, 2 * rank)))
-    amx.release()
     return TeamFunction(build.finish())
 
 
@@ -88,7 +88,7 @@ def _up(build: Builder, count: Value, size: int) -> Value:
 def _pack(build: Builder, source: Value, row: Value, count: Value, words: int, target: Value) -> None:
     """`count` heads' rows of words to words of sixteen heads; those that are not there are zeros."""
     last = build.ir.sub(count, build.const(1))
-    with build.loop(build.const(words), step=_TILE_WORDS) as word:
+    with build.loop(build.const(words), step=AMX_WORDS) as word:
         rows = []
         for head in range(_HEADS):
             index = build.const(head)
@@ -132,8 +132,8 @@ def _find_tiles(build: Builder, memory: _Memory, blocks: Value, tokens: Value) -
     """Where the latents of every sixteen tokens of the chunk lie."""
     given = build.arguments
     row = build.ir.mul(given["words"], build.const(_WORD))
-    with build.loop(_up(build, tokens, ROWS)) as tile:
-        token = build.ir.mul(tile, build.const(ROWS))
+    with build.loop(_up(build, tokens, AMX_ROWS)) as tile:
+        token = build.ir.mul(tile, build.const(AMX_ROWS))
         block = build.int_at(build.at(blocks, (build.ir.sdiv(token, given["block_size"]), 8)))
         inside = build.ir.srem(token, given["block_size"])
         place = build.ir.add(build.ir.mul(block, given["block_size"]), inside)
@@ -143,7 +143,7 @@ def _find_tiles(build: Builder, memory: _Memory, blocks: Value, tokens: Value) -
 def _scores(build: Builder, amx: Amx, memory: _Memory, words: int, tokens: Value) -> None:
     """Four times sixteen tokens at once; past the last of them the last are taken again, and nobody reads those."""
     row = build.ir.mul(build.arguments["words"], build.const(_WORD))
-    tiles = _up(build, tokens, ROWS)
+    tiles = _up(build, tokens, AMX_ROWS)
     last = build.ir.sub(tiles, build.const(1))
     with build.loop(tiles, step=_SUMS) as first:
         starts = []
@@ -151,7 +151,7 @@ def _scores(build: Builder, amx: Amx, memory: _Memory, words: int, tokens: Value
             tile = build.smaller(build.ir.add(first, build.const(part)), last)
             starts.append(build.int_at(build.at(memory.tiles, (tile, 8))))
             amx.zero(part)
-        with build.loop(build.const(words), step=_TILE_WORDS) as word:
+        with build.loop(build.const(words), step=AMX_WORDS) as word:
             amx.load(_SUMS, build.at(memory.queries, (word, ROW_BYTES)), build.const(ROW_BYTES))
             for part, start in enumerate(starts):
                 x = _SUMS + 1 + part % 3
@@ -186,7 +186,7 @@ def _powers(build: Builder, memory: _Memory, spans: Value, peak: Value, scale: V
     with build.loop(spans) as span:
         scores = build.at(memory.scores, (span, _SPAN * ROW_BYTES))
         pairs = []
-        for pair in range(_TILE_WORDS):
+        for pair in range(AMX_WORDS):
             powers = []
             for token, total in enumerate(totals):
                 place = build.at(scores, (build.const(2 * pair + token), ROW_BYTES))
@@ -241,10 +241,10 @@ def _pair_values(build: Builder, memory: _Memory, element: Value, span: Value) -
     values = build.at(memory.values, (build.ir.and_(span, build.const(1)), _SUMS * _TILE_BYTES))
     for tile in range(2):
         start = build.int_at(build.at(memory.tiles, (span, 16), (build.const(tile), 8)))
-        for pair in range(ROWS // 2):
+        for pair in range(AMX_ROWS // 2):
             first = build.at(start, (build.const(2 * pair), row), (element, 2))
             second = build.ir.add(first, row)
-            inside = build.const(tile * ROWS // 2 + pair)
+            inside = build.const(tile * AMX_ROWS // 2 + pair)
             for part in range(0, _SUMS, 2):
                 column = (build.const(part), 2 * LANES)
                 both = [build.halves_at(build.at(place, column)) for place in (first, second)]
@@ -256,14 +256,14 @@ def _pair_rest(build: Builder, memory: _Memory, element: Value, span: Value, tok
     row = build.ir.mul(build.arguments["words"], build.const(_WORD))
     values = build.at(memory.values, (build.ir.and_(span, build.const(1)), _SUMS * _TILE_BYTES))
     last = build.ir.sub(tokens, build.const(1))
-    with build.loop(build.const(_TILE_WORDS)) as pair:
+    with build.loop(build.const(AMX_WORDS)) as pair:
         tokens_of = [build.ir.add(build.ir.mul(pair, build.const(2)), build.const(token)) for token in range(2)]
         starts = []
         for token in tokens_of:
             read = build.smaller(token, last)
-            tile = build.ir.sdiv(read, build.const(ROWS))
+            tile = build.ir.sdiv(read, build.const(AMX_ROWS))
             start = build.int_at(build.at(memory.tiles, (span, 16), (tile, 8)))
-            starts.append(build.at(start, (build.ir.srem(read, build.const(ROWS)), row), (element, 2)))
+            starts.append(build.at(start, (build.ir.srem(read, build.const(AMX_ROWS)), row), (element, 2)))
         for part in range(0, _SUMS, 2):
             both = []
             for token, start in zip(tokens_of, starts, strict=True):

@@ -10,7 +10,7 @@ import torch
 
 from model_shards.kernels import decode_amx
 from model_shards.kernels.decode_ir import ARGUMENTS, HEADS, INSTRUCTIONS, MAX_BLOCK_SIZE, decode_ir
-from model_shards.kernels.instructions import choose_instructions
+from model_shards.kernels.instructions import Instructions, choose_instructions
 from model_shards.kernels.machine_code import TeamFunction
 from model_shards.kernels.program import Call, float_bits
 
@@ -20,7 +20,7 @@ _WORK_OF_A_TEAM = 2**21
 
 def can_decode(cache: torch.Tensor, rank: int) -> bool:
     """Whether `decode_attention` serves this layer of a cache, [B, block_size, R + O], on this machine."""
-    if cache.device.type != "cpu" or cache.dtype is not torch.bfloat16 or not _has_instructions():
+    if cache.device.type != "cpu" or cache.dtype is not torch.bfloat16 or _instructions() is None:
         return False
     block_size, width = cache.shape[1:]
     return block_size % 2 == 0 and block_size <= MAX_BLOCK_SIZE and width % 2 == 0 and rank % HEADS == 0
@@ -82,7 +82,7 @@ def table_arguments(block_tables: torch.Tensor, lengths: torch.Tensor) -> dict[s
 def decode_code(cache: torch.Tensor, rank: int) -> TeamFunction:
     """Of the calls whose arguments are `decode_ir.ARGUMENTS`, for a layer of a cache that `can_decode` takes."""
     block_size, width = cache.shape[1:]
-    chosen = choose_instructions(torch.bfloat16)
+    chosen = _instructions()
     if chosen is not None and chosen.amx and decode_amx.serves(rank, width - rank, block_size):
         return _with_amx(rank, width - rank)
     return _with_vectors()
@@ -99,7 +99,7 @@ def _with_vectors() -> TeamFunction:
 
 
 @functools.cache
-def _has_instructions() -> bool:
-    """Asked in every layer of every step."""
+def _instructions() -> Instructions | None:
+    """Those that there is code of decodes for. Asked in every layer of every step."""
     chosen = choose_instructions(torch.bfloat16)
-    return chosen is not None and chosen.arithmetic is INSTRUCTIONS.arithmetic
+    return None if chosen is None or chosen.arithmetic is not INSTRUCTIONS.arithmetic else chosen
