@@ -8,6 +8,7 @@ Transports are run in turn, `--rounds` times each, and every run prints one line
 import statistics
 import time
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 
 import click
@@ -47,7 +48,13 @@ def run_workload(cell: Cell, num_attention: int, workload: Workload, vocab_size:
 
 
 def cell_spec(
-    model: Path, topology: Topology, dtype: str, transport: str, micro_batches: str, workloads: tuple[Workload, ...]
+    model: Path,
+    topology: Topology,
+    dtype: str,
+    transport: str,
+    micro_batches: str,
+    workloads: tuple[Workload, ...],
+    attention_weights: str = "auto",
 ) -> CellSpec:
     """A cell with room for the largest workload; `micro_batches` is a number, or auto."""
     longest = max(workload.prompt_tokens + workload.output_tokens for workload in workloads)
@@ -63,7 +70,16 @@ def cell_spec(
         choose_micro_batches=micro_batches == "auto",
         prefix_cache=False,
     )
-    return CellSpec(str(model), topology, "cpu", dtype, limits, data_backend=transport, log_level="WARNING")
+    return CellSpec(
+        str(model),
+        topology,
+        "cpu",
+        dtype,
+        limits,
+        attention_weights=attention_weights,
+        data_backend=transport,
+        log_level="WARNING",
+    )
 
 
 @click.command()
@@ -71,6 +87,7 @@ def cell_spec(
 @click.option("--attention", default=1, show_default=True)
 @click.option("--experts", default=2, show_default=True)
 @click.option("--dtype", default="bfloat16", show_default=True)
+@click.option("--attention-weights", default="auto", show_default=True, help="One or several of auto, int8.")
 @click.option("--transport", default="shm", show_default=True, help="One or several of shm, gloo.")
 @click.option("--micro-batches", default="auto", show_default=True, help="One or several of auto, 1, 2, 3.")
 @click.option("--workload", "texts", multiple=True, help="SEQUENCES,PROMPT,OUTPUT; those of the peers if not given.")
@@ -80,6 +97,7 @@ def main(
     attention: int,
     experts: int,
     dtype: str,
+    attention_weights: str,
     transport: str,
     micro_batches: str,
     texts: tuple[str, ...],
@@ -91,16 +109,18 @@ def main(
     topology = Topology(attention, experts)
     rates: dict[tuple[str, Workload], list[float]] = defaultdict(list)
     for number in range(rounds):
-        for kind in transport.split(","):
-            for count in micro_batches.split(","):
-                name = f"shoal {attention}x{experts} {dtype} {kind} {count} micro-batches"
-                with Cell(cell_spec(model, topology, dtype, kind, count, workloads)) as cell:
-                    run_workload(cell, attention, Workload(1, 8, 4), vocab_size, "warm")
-                    for workload in workloads:
-                        timing = run_workload(cell, attention, workload, vocab_size, f"{number}-{workload}")
-                        click.echo(timing.line(name, workload))
-                        total = workload.num_sequences * workload.output_tokens
-                        rates[name, workload].append(total / timing.seconds)
+        for kind, count, weights in product(
+            transport.split(","), micro_batches.split(","), attention_weights.split(",")
+        ):
+            name = f"shoal {attention}x{experts} {dtype} {kind} {count} micro-batches"
+            name += "" if weights == "auto" else f" {weights} attention"
+            with Cell(cell_spec(model, topology, dtype, kind, count, workloads, weights)) as cell:
+                run_workload(cell, attention, Workload(1, 8, 4), vocab_size, "warm")
+                for workload in workloads:
+                    timing = run_workload(cell, attention, workload, vocab_size, f"{number}-{workload}")
+                    click.echo(timing.line(name, workload))
+                    total = workload.num_sequences * workload.output_tokens
+                    rates[name, workload].append(total / timing.seconds)
     click.echo("medians, output tokens/s")
     for (name, workload), values in rates.items():
         click.echo(f"{statistics.median(values):9.2f}  {name}  {workload}")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.device import (
+    attention_in_int8,
     available_cores,
     kv_quantization,
     local_device,
@@ -53,10 +54,10 @@ class AttentionReplica:
         directory = Path(spec.model_directory)
         config = load_model_config(directory)
         dtype = torch_dtype(spec)
-        quantization = kv_quantization(spec)
+        quantization, in_int8 = kv_quantization(spec), attention_in_int8(spec)
         kv_cache_bytes = spec.limits.num_blocks * bytes_per_block(config, spec.limits.block_size, dtype, quantization)
         model = load_attention_model(directory, config, dtype, device, progress, kv_cache_bytes)
-        model.lay_out()
+        model.lay_out(in_int8)
         if spec.device == "cpu":
             model.limit_meanwhile(meanwhile_threads(spec.topology, available_cores()))
         cache = LatentKVCache(config, spec.limits.num_blocks, spec.limits.block_size, dtype, device, quantization)

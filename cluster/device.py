@@ -45,6 +45,13 @@ def kv_quantization(spec: CellSpec) -> Quantization | None:
     return Quantization(spec.kv_cache_dtype)
 
 
+def attention_in_int8(spec: CellSpec) -> bool:
+    """Whether an attention rank holds its matrices in 8 bits. Raises ConfigError for an unknown way."""
+    if spec.attention_weights not in ("auto", "int8"):
+        raise ConfigError(f"attention_weights must be one of auto, int8, got {spec.attention_weights!r}")
+    return spec.attention_weights == "int8"
+
+
 def local_device(spec: CellSpec, index: int) -> torch.device:
     """The device of the `index`-th rank of this host. NCCL wants a GPU per rank; over gloo ranks may share one.
 

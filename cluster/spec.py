@@ -25,6 +25,7 @@ class CellSpec:
     log_level: str = "INFO"
     expert_resource: str | None = None  # a custom Ray resource that expert actors ask 1 of
     kv_cache_dtype: str = "auto"  # "auto": the model's dtype | "int8" | "fp8"
+    attention_weights: str = "auto"  # "auto": the model's dtype | "int8": see AttentionModel.lay_out
     trace_directory: str | None = None  # where each rank writes when it waited, at the end of an epoch
     data_backend: str | None = None  # one of process_group.BACKENDS; None: what the device is made for
 

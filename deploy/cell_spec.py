@@ -50,6 +50,7 @@ def build_cell_spec(settings: ShoalSettings) -> CellSpec:
         log_level=settings.log.level,
         expert_resource=settings.ray.expert_resource,
         kv_cache_dtype=engine.kv_cache_dtype,
+        attention_weights=engine.attention_weights,
         data_backend=None if cell.transport == "auto" else cell.transport,
     )
 

@@ -4,8 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model_shards.errors import CheckpointError
 from model_shards.kernels.grouped_product import PackedMatrices
-from model_shards.packing import pack
+from model_shards.packing import GroupedMultiply, pack, pack_int8
+from model_shards.quantization import Quantization, QuantizedRows, quantize_rows
 
 
 def frozen_parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
@@ -18,8 +20,19 @@ def release(parameter: nn.Parameter) -> None:
     parameter.data = parameter.data.new_empty(0)
 
 
+def quantize_weight(weight: torch.Tensor) -> QuantizedRows:
+    """weight [out_features, in_features] in int8. Raises CheckpointError when a value is not finite."""
+    try:
+        return quantize_rows(weight, Quantization.INT8)
+    except ValueError as error:
+        raise CheckpointError(
+            f"a matrix of shape {list(weight.shape)} cannot be quantized: {error}; serve it with "
+            "engine.attention_weights auto"
+        ) from error
+
+
 class FrozenLinear(nn.Module):
-    """y = x W^T (+ b). W is [out_features, in_features] as Hugging Face stores it, until `lay_out`."""
+    """y = x W^T (+ b). W is [out_features, in_features] as Hugging Face stores it, until it is laid out."""
 
     def __init__(
         self, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device, bias: bool = False
@@ -28,7 +41,10 @@ class FrozenLinear(nn.Module):
         self.weight = frozen_parameter((out_features, in_features), dtype, device)
         self.bias = frozen_parameter((out_features,), dtype, device) if bias else None
         self._out_features = out_features
+        self._dtype = dtype
         self._packed: PackedMatrices | None = None
+        self._multiply_int8: GroupedMultiply | None = None
+        self._rows: QuantizedRows | None = None
 
     def lay_out(self) -> None:
         """Lays the matrix out for this device (model_shards.packing); once, after it was filled.
@@ -39,14 +55,34 @@ class FrozenLinear(nn.Module):
         if self._packed is not None:
             release(self.weight)
 
+    def lay_out_int8(self) -> None:
+        """As `lay_out`, in 8 bits; `weight` has no elements afterwards. Raises CheckpointError for what is not finite.
+
+        Of a bfloat16 model on a CPU with 8-bit dot products activations are quantized too; elsewhere the product with
+        the widened matrix is scaled, as that of `model_shards.expert_matrix.QuantizedExpertMatrix`.
+        """
+        rows = quantize_weight(self.weight.data)
+        release(self.weight)
+        if self._dtype is torch.bfloat16:
+            self._multiply_int8 = pack_int8(rows.values[None], rows.scale_inv[None])
+        if self._multiply_int8 is None:
+            self._rows = rows
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features], in x's dtype."""
-        return F.linear(x, self.weight, self.bias) if self._packed is None else self.product(x).to(x.dtype)
+        return self.product(x).to(x.dtype)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """As `forward`, in the dtype that the product has anyway: not narrower than x's."""
-        if self._packed is None:
+        if self._packed is not None:
+            rows = x.reshape(-1, x.shape[-1]).to(self._packed.instructions.operand_dtype)
+            product = self._packed.multiply(rows, (rows.shape[0],))
+        elif self._multiply_int8 is not None:
+            rows = x.reshape(-1, x.shape[-1])
+            product = self._multiply_int8(rows, (rows.shape[0],))
+        elif self._rows is not None:
+            product = F.linear(x, self._rows.values.to(x.dtype)).float() * self._rows.scale_inv
+        else:
             return F.linear(x, self.weight, self.bias)
-        rows = x.reshape(-1, x.shape[-1]).to(self._packed.instructions.operand_dtype)
-        product = self._packed.multiply(rows, (rows.shape[0],)).view(*x.shape[:-1], self._out_features)
+        product = product.view(*x.shape[:-1], self._out_features)
         return product if self.bias is None else product.add_(self.bias)

@@ -116,23 +116,32 @@ class AttentionModel(nn.Module):
         for name, parameter in self.named_parameters():
             yield name, parameter.data
 
-    def lay_out(self) -> None:
-        """Lays the matrices out for this device, once, after they were filled; `hf_slices` is of no use then."""
-        self._compiled = self._compile()
+    def lay_out(self, in_int8: bool = False) -> None:
+        """Lays the matrices out for this device, once, after they were filled; `hf_slices` is of no use then.
+
+        `in_int8`: those of attention, dense layers and shared experts in 8 bits (model_shards.quantization). What is
+        neither: W_UK, W_UV, gates, embedding and logits. Raises CheckpointError for one that cannot be quantized.
+        """
+        self._compiled = self._compile(in_int8)
         if self._compiled is None:
             for layer in self.model.decoder_layers:
                 layer.self_attn.lay_out_up_projections()
         for name, module in self.named_modules():
             # Attention took W_UK and W_UV apart, and programs all but the logits' matrix.
             taken = name.endswith("kv_b_proj") if self._compiled is None else name != "lm_head"
-            if isinstance(module, FrozenLinear) and not taken:
+            if not isinstance(module, FrozenLinear) or taken:
+                continue
+            if in_int8 and name != "lm_head":
+                module.lay_out_int8()
+            else:
                 module.lay_out()
 
-    def _compile(self) -> CompiledLayers | None:
+    def _compile(self, in_int8: bool) -> CompiledLayers | None:
         """The layers as programs, which take their matrices over; None where there are none for them."""
         weight = self.model.embed_tokens.weight
         instructions = program_instructions(weight.dtype, weight.device)
-        if instructions is None or not serves(self.config, instructions):
+        int8_instructions = program_instructions(torch.int8, weight.device) if in_int8 else None
+        if instructions is None or not serves(self.config, instructions) or in_int8 != (int8_instructions is not None):
             return None
         layers = [
             pack_layer(
@@ -142,6 +151,7 @@ class AttentionModel(nn.Module):
                 layer.post_attention_layernorm,
                 layer.mlp,
                 instructions,
+                int8_instructions,
             )
             for layer in self.model.decoder_layers
         ]

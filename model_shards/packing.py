@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
-from model_shards.kernels.grouped_product import PackedMatrices, Scaling
+from model_shards.kernels.grouped_product import PackedMatrices, Rows, Scaling
 from model_shards.kernels.instructions import Arithmetic, Instructions, choose_instructions
+from model_shards.kernels.program import Call
 from model_shards.quantization import ZERO_POINT, Quantization, row_scales
 
 # [P, I] -> [P, O], float32 or the operand's dtype: the first counts[0] rows by matrix 0, and so on.
@@ -100,3 +101,22 @@ class PackedInt8:
     def scaling(self, row_scales: torch.Tensor) -> Scaling:
         """For rows of these scales, [P] or [P, 1] float32."""
         return Scaling(self._zero_sums, self._scales, row_scales)
+
+    def call(self, x: Rows, row_scales: torch.Tensor, out: Rows, counts: int) -> Call:
+        """See `PackedMatrices.call`; x is of 8 bits, of these scales. Both tensors, and this, outlive the call."""
+        return self.matrices.call(x, out, counts, scaling=self.scaling(row_scales))
+
+    @property
+    def num_outputs(self) -> int:
+        """O."""
+        return self.matrices.num_outputs
+
+    @property
+    def padded_outputs(self) -> int:
+        """O, rounded up to whole tiles."""
+        return self.matrices.padded_outputs
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all matrices, without what they are scaled by."""
+        return self.matrices.nbytes

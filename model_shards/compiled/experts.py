@@ -45,10 +45,10 @@ class CompiledExperts:
             {
                 "rows": Array(operand, hidden),
                 "row_scales": Array(torch.float32, 1),
-                "gate_up": Array(torch.float32, _matrices(layers[0].gate_up).padded_outputs),
+                "gate_up": Array(torch.float32, layers[0].gate_up.padded_outputs),
                 "active": Array(operand, width),
                 "active_scales": Array(torch.float32, 1),
-                "outputs": Array(torch.float32, _matrices(layers[0].down).padded_outputs),
+                "outputs": Array(torch.float32, layers[0].down.padded_outputs),
             }
         )
         self._sort = Call(
@@ -145,10 +145,10 @@ class CompiledExperts:
         ]
 
     def _product(self, matrices: PackedMatrices | PackedInt8, x: str, scales: str, out: str) -> Call:
-        scaling = matrices.scaling(self._pairs[scales]) if isinstance(matrices, PackedInt8) else None
-        return _matrices(matrices).call(
-            Rows.of(self._pairs[x]), Rows.of(self._pairs[out]), self._counts[0].data_ptr(), scaling=scaling
-        )
+        rows_in, rows_out, counts = Rows.of(self._pairs[x]), Rows.of(self._pairs[out]), self._counts[0].data_ptr()
+        if isinstance(matrices, PackedInt8):
+            return matrices.call(rows_in, self._pairs[scales], rows_out, counts)
+        return matrices.call(rows_in, rows_out, counts)
 
     def _number(self, index: int) -> int:
         return ctypes.addressof(self._numbers) + 8 * index
@@ -157,7 +157,3 @@ class CompiledExperts:
 def serves(hidden: int, width: int) -> bool:
     """Whether there is compiled code for such sizes."""
     return hidden % LANES == 0 and width % LANES == 0
-
-
-def _matrices(part: PackedMatrices | PackedInt8) -> PackedMatrices:
-    return part.matrices if isinstance(part, PackedInt8) else part

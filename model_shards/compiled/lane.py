@@ -16,17 +16,18 @@ import torch
 
 from model_shards.attention_plan import AttentionPlan
 from model_shards.batch import AttentionBatch
-from model_shards.compiled.layer import LayerWeights
+from model_shards.compiled.layer import LayerWeights, Packed
 from model_shards.config import ModelConfig
 from model_shards.kernels import decode_ir, rows
 from model_shards.kernels.arena import Arena, Array
 from model_shards.kernels.builder import Kind
 from model_shards.kernels.decode_attention import cache_arguments, can_decode, decode_code, table_arguments
-from model_shards.kernels.grouped_product import PackedMatrices, Rows
+from model_shards.kernels.grouped_product import Rows
 from model_shards.kernels.program import Call, Program, float_bits
 from model_shards.kernels.routing import CHOICE_ARGUMENTS, SCORES_ARGUMENTS, choose_experts, gate_scores
 from model_shards.kv_cache import LatentKVCache
 from model_shards.norm import RMSNorm
+from model_shards.packing import PackedInt8
 from model_shards.rope import attention_scale
 
 
@@ -56,8 +57,13 @@ class Lane:
         heads = config.num_attention_heads
         head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
         widths = [_outputs(layer.gate_up) for layer in layers]
+        self._quantized = isinstance(layers[0].first, PackedInt8)
+        # What a product of 8 bits reads, and its scale: written before each of them.
+        operand = max(config.hidden_size, config.q_lora_rank or 0, heads * config.v_head_dim, max(widths) // 2)
         self._tokens = Arena(
             {
+                "operand": Array(torch.uint8, operand if self._quantized else 0),
+                "operand_scales": Array(torch.float32, int(self._quantized)),
                 "slots": Array(torch.int64, 1),
                 "rotary": Array(torch.float32, config.qk_rope_head_dim),
                 "residual": Array(torch.bfloat16, config.hidden_size),
@@ -204,12 +210,12 @@ class Lane:
     def _enter_calls(self, index: int, cache: torch.Tensor) -> list[Call]:
         layer, config = self._layers[index], self._config
         first = self._tokens["first"]
-        calls = [self._product(layer.first, "normed", "first")]
+        calls = self._product(layer.first, "normed", "first")
         queries, queries_width = first, config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
         latents_from = queries_width
         if layer.q_b is not None and layer.q_norm is not None:
             latents_from = layer.q_norm.weight.shape[0]
-            calls += [self._q_norm_call(layer.q_norm), self._product(layer.q_b, "q_a", "wide_queries")]
+            calls += [self._q_norm_call(layer.q_norm), *self._product(layer.q_b, "q_a", "wide_queries")]
             queries = self._tokens["wide_queries"]
         if self.writes_cache:
             calls.append(self._latents_call(index, latents_from, cache))
@@ -301,7 +307,7 @@ class Lane:
 
     def _leave_calls(self, layer: LayerWeights) -> list[Call]:
         calls = [
-            self._product(layer.output, "attended", "delta"),
+            *self._product(layer.output, "attended", "delta"),
             self._add_and_norm((Kind.FLOAT32,), layer.post_norm),
         ]
         if layer.gate is not None:
@@ -333,24 +339,41 @@ class Lane:
         width = layer.gate_up.num_outputs // 2
         gate_up = self._tokens["gate_up"]
         # Rows as wide as this layer's, which the arena has room for: a layer may be narrower than the widest.
-        active = Rows(self._at("active"), 2 * width)
-        return [
-            self._product(layer.gate_up, "normed", "gate_up"),
-            Call(
-                rows.swiglu(),
-                rows.SWIGLU_ARGUMENTS,
-                rows=self._number(0),
-                x=gate_up.data_ptr(),
-                x_row=4 * gate_up.stride(0),
-                out=active.address,
-                scales=0,
-                size=width,
-            ),
-            layer.down.call(active, Rows.of(self._tokens["delta"]), self._number(0)),
-        ]
+        active = Rows(self._at("operand"), width) if self._quantized else Rows(self._at("active"), 2 * width)
+        activate = Call(
+            rows.swiglu(self._quantized),
+            rows.SWIGLU_ARGUMENTS,
+            rows=self._number(0),
+            x=gate_up.data_ptr(),
+            x_row=4 * gate_up.stride(0),
+            out=active.address,
+            scales=self._at("operand_scales"),
+            size=width,
+        )
+        down = self._multiply(layer.down, active, "delta")
+        return [*self._product(layer.gate_up, "normed", "gate_up"), activate, down]
 
-    def _product(self, matrix: PackedMatrices, x: str, out: str) -> Call:
-        return matrix.call(Rows.of(self._tokens[x]), Rows.of(self._tokens[out]), self._number(0))
+    def _product(self, weights: Packed, x: str, out: str) -> list[Call]:
+        """Of bfloat16 rows; those of 8 bits are made of them first."""
+        if not self._quantized:
+            return [self._multiply(weights, Rows.of(self._tokens[x]), out)]
+        size = self._tokens[x].shape[1]
+        quantize = Call(
+            rows.quantize(),
+            rows.QUANTIZE_ARGUMENTS,
+            rows=self._number(0),
+            x=self._at(x),
+            out=self._at("operand"),
+            scales=self._at("operand_scales"),
+            size=size,
+        )
+        return [quantize, self._multiply(weights, Rows(self._at("operand"), size), out)]
+
+    def _multiply(self, weights: Packed, x: Rows, out: str) -> Call:
+        to = Rows.of(self._tokens[out])
+        if isinstance(weights, PackedInt8):
+            return weights.call(x, self._tokens["operand_scales"], to, self._number(0))
+        return weights.call(x, to, self._number(0))
 
     def _by_head(self, array: torch.Tensor, head_dim: int) -> Rows:
         """Rows of [..., N, head_dim] bfloat16, head for head."""
@@ -363,5 +386,5 @@ class Lane:
         return ctypes.addressof(self._counts) + 8 * index
 
 
-def _outputs(matrix: PackedMatrices | None) -> int:
+def _outputs(matrix: Packed | None) -> int:
     return 0 if matrix is None else matrix.padded_outputs

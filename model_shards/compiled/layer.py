@@ -5,6 +5,7 @@ Shapes: H hidden size, N heads, P qk_nope_head_dim, O qk_rope_head_dim, R kv_lor
 """
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -15,12 +16,15 @@ from model_shards.kernels.grouped_product import PackedMatrices
 from model_shards.kernels.instructions import Instructions
 from model_shards.kernels.prefill_ir import HeadShape
 from model_shards.kernels.routing import Choice
-from model_shards.linear import release
+from model_shards.linear import quantize_weight, release
 from model_shards.mla import MultiHeadLatentAttention
 from model_shards.mlp import MLP
 from model_shards.moe import MoE
 from model_shards.norm import RMSNorm
+from model_shards.packing import PackedInt8
 from model_shards.up_projection import PackedUpProjections, split_heads
+
+Packed: TypeAlias = PackedMatrices | PackedInt8
 
 
 @dataclass(frozen=True)
@@ -33,20 +37,20 @@ class GateWeights:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer's. Vectors are the modules' own."""
+    """One layer's. Vectors are the modules' own and matrices all plain, or all of 8 bits."""
 
     input_norm: RMSNorm
-    first: PackedMatrices  # [Q + R + O, H]: the queries' first product, and the latents'
+    first: Packed  # [Q + R + O, H]: the queries' first product, and the latents'
     q_norm: RMSNorm | None  # [Q]
-    q_b: PackedMatrices | None  # [N * (P + O), Q]
+    q_b: Packed | None  # [N * (P + O), Q]
     latent_norm: RMSNorm  # [R]
     up: PackedUpProjections
     w_uk: torch.Tensor  # [N, P, R], as prefills multiply it
-    output: PackedMatrices  # [H, N * V]
+    output: Packed  # [H, N * V]
     post_norm: RMSNorm
     gate: GateWeights | None  # None: a dense layer
-    gate_up: PackedMatrices | None  # [2I, H], of the dense MLP or of the shared experts; None: there are none
-    down: PackedMatrices | None  # [H, I]
+    gate_up: Packed | None  # [2I, H], of the dense MLP or of the shared experts; None: there are none
+    down: Packed | None  # [H, I]
 
 
 def serves(config: ModelConfig, instructions: Instructions) -> bool:
@@ -78,14 +82,22 @@ def pack_layer(
     post_norm: RMSNorm,
     mlp: MoE | MLP,
     instructions: Instructions,
+    int8_instructions: Instructions | None = None,
 ) -> LayerWeights:
-    """Takes the weights of the layer's matrices over, which have no elements afterwards."""
+    """Takes the weights of the layer's matrices over, which have no elements afterwards.
 
-    def packed(*weights: torch.nn.Parameter) -> PackedMatrices:
-        matrices = PackedMatrices(torch.cat([weight.data for weight in weights])[None], instructions)
+    With `int8_instructions` they are quantized to 8 bits, all but W_UK, W_UV and the gate. Raises CheckpointError for
+    one that cannot be.
+    """
+
+    def packed(*weights: torch.nn.Parameter) -> Packed:
+        whole = torch.cat([weight.data for weight in weights])
         for weight in weights:
             release(weight)
-        return matrices
+        if int8_instructions is None:
+            return PackedMatrices(whole[None], instructions)
+        rows = quantize_weight(whole)
+        return PackedInt8(rows.values[None], rows.scale_inv[None], int8_instructions)
 
     dense_up = split_heads(attention.kv_b_proj.weight.data, config.num_attention_heads, config.qk_nope_head_dim)
     up = PackedUpProjections(dense_up, instructions, expands=False)

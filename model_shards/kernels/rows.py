@@ -176,6 +176,28 @@ def swiglu(quantized: bool = False) -> TeamFunction:
     return TeamFunction(build.finish())
 
 
+QUANTIZE_ARGUMENTS = (
+    "rows",
+    "x",  # address of bfloat16 [T, size]
+    "out",  # address of uint8 [T, size]
+    "scales",  # address of float32 [T]
+    "size",
+)
+
+
+@functools.cache
+def quantize() -> TeamFunction:
+    """Each row of x in 8 bits, and its scale."""
+    build = Builder(QUANTIZE_ARGUMENTS)
+    given = build.arguments
+    size = given["size"]
+    with build.pieces(build.int_at(given["rows"])) as row:
+        x = build.at(given["x"], (row, build.ir.mul(size, build.const(2))))
+        out = build.at(given["out"], (row, size))
+        quantize_row(build, x, Kind.BFLOAT16, size, out, build.at(given["scales"], (row, 4)))
+    return TeamFunction(build.finish())
+
+
 def quantize_row(build: Builder, x: Value, kind: Kind, size: Value, out: Value, scale: Value) -> None:
     """One row of `size` elements at x into uint8 at out, and its scale: see model_shards.packing."""
     largest = build.variable(build.numbers(0.0))

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from cluster.device import kv_quantization, torch_dtype
+from cluster.device import attention_in_int8, kv_quantization, torch_dtype
 from deploy.cell_spec import build_cell_spec
 from deploy.config import ShoalConfig
 from deploy.models import default_model_directory
@@ -40,6 +40,14 @@ def test_an_unknown_kind_of_cache_is_refused():
     told = dataclasses.replace(build_cell_spec(ShoalConfig.load(None, {})), kv_cache_dtype="int4")
     with pytest.raises(ConfigError, match="kv_cache_dtype must be one of auto, int8, fp8, got 'int4'"):
         kv_quantization(told)
+
+
+def test_the_weights_of_attention_are_in_8_bits_when_the_settings_say_so():
+    assert not attention_in_int8(build_cell_spec(ShoalConfig.load(None, {})))
+    told = build_cell_spec(ShoalConfig.load(None, {"engine.attention_weights": "int8"}))
+    assert attention_in_int8(told)
+    with pytest.raises(ConfigError, match="attention_weights must be one of auto, int8, got 'fp8'"):
+        attention_in_int8(dataclasses.replace(told, attention_weights="fp8"))
 
 
 @pytest.mark.parametrize(("given", "told"), [({}, True), ({"engine.prefix_cache": False}, False)])

@@ -35,6 +35,7 @@ VALUES = {
     "engine.block_size": st.integers(1, 256),
     "engine.kv_cache_tokens": st.none() | st.integers(1, 10**7),
     "engine.kv_cache_dtype": st.sampled_from(["auto", "int8", "fp8"]),
+    "engine.attention_weights": st.sampled_from(["auto", "int8"]),
     "engine.max_decode_slowdown": st.none() | st.floats(1.01, 100.0),
     "engine.prefix_cache": st.booleans(),
     "server.host": st.sampled_from(["127.0.0.1", "0.0.0.0", "::1", "no"]),

@@ -63,6 +63,30 @@ def test_a_linear_gives_the_same_before_and_after_whatever_the_cpu(monkeypatch, 
 
 
 @CPUS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_in_8_bits_is_near_the_one_it_was_made_of_whatever_the_cpu(monkeypatch, flags, dtype) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    linear = FrozenLinear(64, 40, dtype, CPU, bias=True)
+    linear.weight.data.copy_(random(40, 64))
+    assert linear.bias is not None
+    linear.bias.data.copy_(random(40, seed=1))
+    x = random(2, 3, 64, seed=2).to(dtype)
+    wide, weight = x.double(), linear.weight.double()
+    exact = wide @ weight.T + linear.bias.double()
+    rows = quantize_rows(linear.weight.data, Quantization.INT8)
+    of_rounded = wide @ (rows.values.double() * rows.scale_inv.double()[:, None]).T + linear.bias.double()
+    linear.lay_out_int8()
+    after = linear(x)
+    assert after.dtype is dtype
+    assert after.shape == exact.shape
+    assert 1e-3 < relative_error(after, exact) < 0.02
+    if dtype is torch.float32:  # activations are not rounded
+        assert relative_error(after, of_rounded) < 1e-6
+    assert linear(x[:0]).shape == (0, 3, 40)
+    assert linear.weight.numel() == 0
+
+
+@CPUS
 def test_each_expert_multiplies_its_own_rows(monkeypatch, flags) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
     matrices = make_expert_matrix(4, 6, 5, torch.bfloat16, CPU, None)

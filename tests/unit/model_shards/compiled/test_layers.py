@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from model_shards.batch import AttentionBatch
 from model_shards.compiled.lane import Lane
+from model_shards.errors import CheckpointError
 from model_shards.kernels import arena
 from model_shards.kernels.grouped_product import PackedMatrices
 from model_shards.kv_cache import LatentKVCache
 from model_shards.model import AttentionModel
-from model_shards.packing import program_instructions
+from model_shards.packing import PackedInt8, program_instructions
 from model_shards.pipeline import run_micro_batches
 from model_shards.quantization import Quantization
 from model_shards.up_projection import laid_out_bytes
@@ -79,14 +80,19 @@ def new_cache(
 
 
 class Pair:
-    """One model twice: compiled, and as it was loaded; with experts that are the same for both."""
+    """One model twice: compiled, and as modules; with experts that are the same for both."""
 
-    def __init__(self, **overrides: object) -> None:
+    def __init__(self, in_int8: bool = False, **overrides: object) -> None:
         # Weights that bfloat16 holds exactly, for everybody.
         self.reference = random_hf_model(make_hf_config(**{**WIDE, **overrides}), seed=3).bfloat16().float()
         self.plain = attention_model_of(self.reference, torch.bfloat16)
         self.compiled = attention_model_of(self.reference, torch.bfloat16)
-        self.compiled.lay_out()
+        self.compiled.lay_out(in_int8)
+        self.error = 0.07 if in_int8 else 0.04  # of logits, at most
+        if in_int8:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("model_shards.model.serves", lambda config, instructions: False)
+                self.plain.lay_out(in_int8)
         self.routed = ShardExperts(expert_shard_of(self.reference, dtype=torch.bfloat16))
 
 
@@ -110,8 +116,9 @@ def usual_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize(
     ("branch", "block_size"), [*((branch, 4) for branch in BRANCHES), ("heads of whole registers", 16)]
 )
-def test_logits_are_as_near_to_float32_as_those_of_the_modules(branch: str, block_size: int) -> None:
-    pair = Pair(**BRANCHES[branch])
+@pytest.mark.parametrize("in_int8", [False, True], ids=["bfloat16", "int8"])
+def test_logits_are_as_near_to_float32_as_those_of_the_modules(branch: str, block_size: int, in_int8: bool) -> None:
+    pair = Pair(in_int8, **BRANCHES[branch])
     assert pair.compiled.is_compiled
     assert not pair.plain.is_compiled
     tokens = random_tokens(131, 40, seed=2)
@@ -120,13 +127,40 @@ def test_logits_are_as_near_to_float32_as_those_of_the_modules(branch: str, bloc
     plain = in_parts(pair.plain, pair.routed, tokens, sizes, new_cache(pair.plain, 10, block_size=block_size))
     compiled = in_parts(pair.compiled, pair.routed, tokens, sizes, new_cache(pair.compiled, 10, block_size=block_size))
     # Of the usual token: a near tie in the gate, decided otherwise, changes one token's logits altogether.
-    assert usual_error(compiled, expected) < 0.03
+    assert usual_error(compiled, expected) < pair.error
     assert usual_error(compiled, expected) < 1.4 * usual_error(plain, expected)
 
 
-@pytest.fixture(scope="module")
-def whole() -> Pair:
-    return Pair(**BRANCHES["the whole of V2"])
+def test_in_8_bits_are_all_products_but_those_that_the_latents_meet_the_gate_s_and_the_logits() -> None:
+    pair, narrow = Pair(**BRANCHES["the whole of V2"]), Pair(in_int8=True, **BRANCHES["the whole of V2"])
+    assert pair.compiled._compiled is not None
+    assert narrow.compiled._compiled is not None
+    for layer, of_8_bits in zip(pair.compiled._compiled._layers, narrow.compiled._compiled._layers, strict=True):
+        for name in ("first", "q_b", "output", "gate_up", "down"):
+            matrices = getattr(of_8_bits, name)
+            assert isinstance(matrices, PackedInt8)
+            assert 2 * matrices.nbytes == getattr(layer, name).nbytes
+        assert isinstance(of_8_bits.up.valuing, PackedMatrices)
+    left = {name for name, view in narrow.plain.hf_slices() if view.numel() and view.dim() == 2}
+    kept = ("embed_tokens.weight", "gate.weight")
+    assert left
+    assert all(name.endswith(kept) for name in left)
+
+
+def test_a_matrix_that_is_not_finite_is_not_taken_for_8_bits() -> None:
+    reference = random_hf_model(make_hf_config(**WIDE), seed=3)
+    for compiled in (True, False):
+        model = attention_model_of(reference, torch.bfloat16 if compiled else torch.float32)
+        model.model.decoder_layers[1].self_attn.o_proj.weight.data[3, 5] = float("inf")
+        with pytest.raises(
+            CheckpointError, match=r"a matrix of shape \[.*\] cannot be quantized: a value is not finite"
+        ):
+            model.lay_out(in_int8=True)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["bfloat16", "int8"])
+def whole(request: pytest.FixtureRequest) -> Pair:
+    return Pair(request.param, **BRANCHES["the whole of V2"])
 
 
 PROMPTS = [random_tokens(131, length, seed=length) for length in (9, 2, 17, 5, 12)]
@@ -159,7 +193,8 @@ def test_a_decode_has_the_same_logits_bit_for_bit_whoever_shares_its_batch(whole
     mixed = [decode_chunk(i) for i in range(3)] + [Chunk(PROMPTS[i], 0, TABLES[i], all_logits=False) for i in (3, 4)]
     logits = logits_of(*mixed)
     assert torch.equal(logits[:3], alone[:3])
-    assert relative_error(logits[3:], torch.stack([hf_logits(whole.reference, PROMPTS[i])[-1] for i in (3, 4)])) < 0.04
+    expected = torch.stack([hf_logits(whole.reference, PROMPTS[i])[-1] for i in (3, 4)])
+    assert relative_error(logits[3:], expected) < whole.error
 
 
 def batches() -> list[AttentionBatch]:
@@ -235,7 +270,7 @@ def test_any_chunks_give_the_logits_of_the_whole_prompt(whole: Pair, sizes: list
     expected = hf_logits(whole.reference, tokens)
     cache = new_cache(whole.compiled, 25)  # another each time: programs have the old one's address
     logits = in_parts(whole.compiled, whole.routed, tokens, sizes, cache)
-    assert usual_error(logits, expected) < 0.04
+    assert usual_error(logits, expected) < whole.error
 
 
 def test_without_memory_for_a_larger_batch_nothing_is_computed_where_the_smaller_one_was(
