@@ -62,14 +62,15 @@ def answer_logits(
     texts: list[Passage],
     kv_quantization: Quantization | None = None,
     dtype: torch.dtype = torch.float32,
+    attention_in_int8: bool = False,
 ) -> list[torch.Tensor]:
     """Logits [A, V] at the A positions that predict the answer's tokens, of each passage; computed as in a cell."""
     config = load_model_config(directory)
     model = load_attention_model(directory, config, dtype, CPU)
     experts = tuple(range(config.n_routed_experts or 0))
     shard = load_expert_shard(directory, config, experts, dtype, CPU)
-    for part in (model, shard):
-        part.lay_out()
+    model.lay_out(attention_in_int8)
+    shard.lay_out()
     routed = ShardExperts(shard)
     logits = []
     for text in texts:
@@ -107,12 +108,16 @@ def main(directory: Path) -> None:
     print(f"{len(texts)} answers, {sum(len(logits) for logits in reference)} tokens")
     narrow = answer_logits(directory, texts, dtype=torch.bfloat16)
     print(_row("none, in bfloat16", quality(reference, narrow, texts)))
+    narrow = answer_logits(directory, texts, dtype=torch.bfloat16, attention_in_int8=True)
+    print(_row("attention int8, in bfloat16", quality(reference, narrow, texts)))
     for quantization in Quantization:
         with tempfile.TemporaryDirectory() as out:
             cut_checkpoint(directory, Path(out), quantization)
             print(_row(quantization.value, quality(reference, answer_logits(Path(out), texts), texts)))
             narrow = answer_logits(Path(out), texts, dtype=torch.bfloat16)
             print(_row(f"{quantization.value}, in bfloat16", quality(reference, narrow, texts)))
+            narrow = answer_logits(Path(out), texts, dtype=torch.bfloat16, attention_in_int8=True)
+            print(_row(f"{quantization.value} and attention int8, in bfloat16", quality(reference, narrow, texts)))
 
 
 def _row(name: str, measured: Quality) -> str:

@@ -86,7 +86,9 @@ class TinyCell:
 
 
 @asynccontextmanager
-async def tiny_cell(directory: Path, rejoin_timeout_s: float = DEADLINE_S) -> AsyncIterator[TinyCell]:
+async def tiny_cell(
+    directory: Path, rejoin_timeout_s: float = DEADLINE_S, attention_weights: str = "auto"
+) -> AsyncIterator[TinyCell]:
     """A cell without an epoch yet, of the checkpoint in `directory`."""
     loop = asyncio.get_running_loop()
     ends: asyncio.Queue[EpochEnd] = asyncio.Queue()
@@ -94,7 +96,7 @@ async def tiny_cell(directory: Path, rejoin_timeout_s: float = DEADLINE_S) -> As
     def ended(end: EpochEnd) -> None:
         loop.call_soon_threadsafe(ends.put_nowait, end)
 
-    spec = CellSpec(str(directory), Topology(1, 1), "cpu", "float32", LIMITS)
+    spec = CellSpec(str(directory), Topology(1, 1), "cpu", "float32", LIMITS, attention_weights=attention_weights)
     replica = AttentionReplica(spec, 0, loop, ended, rejoin_timeout_s)
     cell = TinyCell(spec, replica, ExpertShard(spec, 0, 0, ended), ends)
     try:

@@ -1,6 +1,7 @@
 """The two rank runtimes, thread and front end together: what a request sees when epochs come, go and fail."""
 
 import asyncio
+import copy
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ from cluster.outputs import merge_outputs
 from cluster.request import FinishReason, StepOutput
 from model_shards.errors import InvalidRequestError, UnavailableError
 from model_shards.experts import ExpertShardModel
+from model_shards.quantization import Quantization, quantize_rows
 from tests.reference import hf_greedy, make_hf_config, random_hf_model, save_checkpoint
 from tests.tiny_cell import DEADLINE_S, TinyCell, greedy, tiny_cell
 
@@ -59,6 +61,28 @@ def test_a_request_streams_to_its_end_and_the_same_id_cannot_run_twice(directory
             assert [output.finish_reason for output in outputs[:-1]] == [None] * (len(outputs) - 1)
             assert outputs[-1].finish_reason is FinishReason.LENGTH
 
+    asyncio.run(scenario())
+
+
+IN_8_BITS = ("q_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def test_with_weights_of_attention_in_8_bits_tokens_are_those_of_the_rounded_weights(directory, model):
+    rounded = copy.deepcopy(model)
+    changed = 0
+    for name, weight in rounded.named_parameters():
+        if name.removesuffix(".weight").endswith(IN_8_BITS) and ".experts." not in name:
+            rows = quantize_rows(weight.data, Quantization.INT8)
+            weight.data.copy_(rows.values * rows.scale_inv[:, None])
+            changed += 1
+    assert changed == 3 + 3 + 3 + 3  # attention, and a dense MLP or shared experts, of two layers
+
+    async def scenario() -> None:
+        async with tiny_cell(directory, attention_weights="int8") as cell:
+            await cell.next_epoch()
+            assert tokens_of(await cell.generate(greedy("a", 5, 100))) == hf_greedy(rounded, [1, 2, 3, 4, 5], 100)
+
+    assert hf_greedy(rounded, [1, 2, 3, 4, 5], 100) != hf_greedy(model, [1, 2, 3, 4, 5], 100)
     asyncio.run(scenario())
 
 
