@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ class _WatchedFile(io.BufferedReader):
 
 @contextmanager
 def watched_reads() -> Iterator[list[Extent]]:
-    """What is read of *.safetensors files meanwhile, in order."""
+    """What is read of *.safetensors files meanwhile, and, by position, of any; what one thread reads in order."""
     log: list[Extent] = []
     plain_open = Path.open
 
@@ -140,7 +141,15 @@ def watched_reads() -> Iterator[list[Extent]]:
             return _WatchedFile(path, log)
         return plain_open(path, mode, *args, **kwargs)
 
-    with mock.patch.object(Path, "open", watched_open):
+    plain_preadv = os.preadv
+
+    def watched_preadv(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        count = plain_preadv(descriptor, buffers, offset)
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        log.append(Extent(name, offset, offset + count))
+        return count
+
+    with mock.patch.object(Path, "open", watched_open), mock.patch.object(os, "preadv", watched_preadv):
         yield log
 
 

@@ -7,6 +7,7 @@ from io import FileIO
 from pathlib import Path
 
 import torch
+from blake3 import blake3
 
 from model_shards.cut.disk import whole_file, write_all
 from model_shards.cut.plan import Part, PlannedFile
@@ -65,7 +66,7 @@ class _SummedOutput:
         self._header_sha256 = hashlib.sha256(header).hexdigest()
         self._write(header)
 
-    def write(self, name: str, tensor_sum: "hashlib._Hash", data: memoryview) -> None:
+    def write(self, name: str, tensor_sum: blake3, data: memoryview) -> None:
         """The next bytes of a tensor, whose sum so far is `tensor_sum`."""
         tensor_sum.update(data)
         self._tensors[name] = tensor_sum.hexdigest()
@@ -83,7 +84,7 @@ class _SummedOutput:
 def _write_part(part: Part, stream: FileIO, output: _SummedOutput, advance: Callable[[int], None]) -> None:
     source = part.source
     reader = TensorReader(stream, source)
-    tensor_sum = hashlib.sha256()
+    tensor_sum = blake3()
     row_bytes = source.num_bytes // source.shape[0] if source.shape and source.shape[0] else source.num_bytes
     block_bytes = max(row_bytes, _BLOCK_BYTES // max(1, row_bytes) * row_bytes)
     # One tensor for all: scales that are kept between freed blocks would hold the heap open around each of them.
@@ -104,7 +105,7 @@ def _write_part(part: Part, stream: FileIO, output: _SummedOutput, advance: Call
             del quantized  # before the next block is
         advance(len(block))
     if part.quantization is not None:
-        output.write(source.name + SCALE_SUFFIX, hashlib.sha256(), _bytes_of(scales))
+        output.write(source.name + SCALE_SUFFIX, blake3(), _bytes_of(scales))
 
 
 def _quantize(source: StoredTensor, rows: torch.Tensor, quantization: Quantization) -> QuantizedRows:

@@ -1,25 +1,45 @@
-"""Tensors checked against their sums on other threads, while the next ones are read."""
+"""Tensors read, and checked against their sums, by threads of their own."""
 
 from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from io import FileIO
 from types import TracebackType
 from typing import Self
 
 from model_shards.weights.header import StoredTensor
-from model_shards.weights.reading import check_tensor
+from model_shards.weights.reading import check_tensor, read_unchecked
 
-# One thread sums slower than a fast disk reads. Hashing and reading both release the interpreter's lock.
+# One copies slower than a fast disk reads: memory is touched there for the first time, and what was read is summed.
+# Both release the interpreter's lock.
 _THREADS = 2
-# So few that what is summed is still in the processor's caches, and damage is told soon.
+# So few that damage is told soon.
 _MOST_WAITING = 4
+# Tensors are handed over together until they have as much: a thread is woken for no less.
+_BYTES_OF_A_TURN = 2**20
 
 
-class BackgroundChecks:
-    """Leaving it waits for all checks that were added; left by an error, it forgets those that have not begun."""
+@dataclass(frozen=True)
+class _Read:
+    stream: FileIO
+    tensor: StoredTensor
+    target: memoryview
 
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="check-weights")
-        self._waiting: deque[Future[None]] = deque()
+    def run(self) -> None:
+        read_unchecked(self.stream, self.tensor, self.target)
+        check_tensor(self.tensor, self.target)
+
+
+class BackgroundReads:
+    """Leaving it waits for all reads that were added; left by an error, it forgets those that have not begun."""
+
+    def __init__(self, on_read: Callable[[StoredTensor], None]) -> None:
+        """`on_read` is told each tensor that was read and checked, in their order, on the caller's thread."""
+        self._on_read = on_read
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="read-weights")
+        self._gathered: list[_Read] = []
+        self._waiting: deque[tuple[Sequence[_Read], Future[None]]] = deque()
 
     def __enter__(self) -> Self:
         return self
@@ -29,19 +49,38 @@ class BackgroundChecks:
     ) -> None:
         try:
             if kind is None:
-                self._wait(0)
+                self.finish()
         finally:
             self._pool.shutdown(cancel_futures=True)
 
-    def add(self, tensor: StoredTensor, data: memoryview) -> None:
-        """Checks all bytes of a tensor, which nobody may change until this is left.
+    def add(self, stream: FileIO, tensor: StoredTensor, target: memoryview) -> None:
+        """Fills `target` with all bytes of a tensor. The file must stay open until `on_read` is told, and nobody may
+        look at `target`.
 
-        Raises CheckpointError for a tensor that was added before and is damaged, the first of them.
+        Raises CheckpointError for a tensor that was added before: the first that cannot be read or is damaged.
         """
-        if tensor.sha256 is not None:
-            self._waiting.append(self._pool.submit(check_tensor, tensor, data))
+        self._gathered.append(_Read(stream, tensor, target))
+        if sum(len(read.target) for read in self._gathered) >= _BYTES_OF_A_TURN:
+            self._hand_over()
             self._wait(_MOST_WAITING)
+
+    def finish(self) -> None:
+        """Waits for all that were added. Raises as `add` does."""
+        self._hand_over()
+        self._wait(0)
+
+    def _hand_over(self) -> None:
+        reads, self._gathered = self._gathered, []
+        self._waiting.append((reads, self._pool.submit(_run_all, reads)))
 
     def _wait(self, most: int) -> None:
         while len(self._waiting) > most:
-            self._waiting.popleft().result()
+            reads, future = self._waiting.popleft()
+            future.result()
+            for read in reads:
+                self._on_read(read.tensor)
+
+
+def _run_all(reads: Sequence[_Read]) -> None:
+    for read in reads:
+        read.run()

@@ -182,7 +182,7 @@ def _read_cut(
             raise CheckpointError(
                 f"{directory / MANIFEST_FILE} names other tensors of {name} than {file} holds; {REMEDY}"
             )
-        stored |= {tensor.name: replace(tensor, sha256=record.tensors[tensor.name]) for tensor in tensors}
+        stored |= {tensor.name: replace(tensor, blake3=record.tensors[tensor.name]) for tensor in tensors}
     return stored
 
 

@@ -39,7 +39,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int  # bytes from the start of the file
     num_bytes: int
-    sha256: str | None = None  # what its bytes must have, where a manifest says so
+    blake3: str | None = None  # what its bytes must have, where a manifest says so
 
 
 def read_header(

@@ -1,8 +1,7 @@
 """Fills a rank's model from the checkpoint: tensors in file order, each straight into its place where it lies there as
 it is stored, through one reused buffer where its dtype or device is another.
 
-Of a cut checkpoint (`shoal shard`) every tensor is checked against its sum while the next ones are read; nobody gets a
-model with one that failed.
+Of a cut checkpoint (`shoal shard`) every tensor is checked against its sum; nobody gets a model with one that failed.
 
 Files are read, not mapped: pages of a mapping count as the process's memory for as long as a tensor looks at them, and
 a rank would seem to hold every file it touched. So the peak is the slice plus the largest tensor that is converted, as
@@ -12,7 +11,6 @@ the largest matrix in float32.
 
 from collections.abc import Callable, Iterable
 from io import FileIO
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -20,11 +18,11 @@ import torch
 from model_shards.config import ModelConfig
 from model_shards.experts import ExpertShardModel
 from model_shards.model import AttentionModel
-from model_shards.weights.background import BackgroundChecks
+from model_shards.weights.background import BackgroundReads
 from model_shards.weights.check import Checkpoint
 from model_shards.weights.header import StoredTensor
 from model_shards.weights.memory import attention_slice_bytes, available_bytes, check_memory, expert_slice_bytes
-from model_shards.weights.reading import ReadAhead, check_tensor, open_weights, read_unchecked
+from model_shards.weights.reading import ReadAhead, check_tensor, read_unchecked
 
 # Called with (bytes read, bytes to read): once before the first tensor and once after each.
 Progress = Callable[[int, int], None]
@@ -96,22 +94,24 @@ def _fill(
     done = 0
     if progress is not None:
         progress(done, total)
-    with BackgroundChecks() as checks:
-        for file, jobs_of_file in groupby(jobs, key=lambda job: job[0].file):
-            with open_weights(file) as stream:
-                here = list(jobs_of_file)
-                ahead = ReadAhead(stream, [tensor for tensor, _ in here])
-                for tensor, view in here:
-                    ahead.reading(tensor)
-                    if _as_stored(tensor, view):
-                        target = _bytes_of(view)
-                        read_unchecked(stream, tensor, target)
-                        checks.add(tensor, target)
-                    else:
-                        _convert(stream, tensor, view, memoryview(buffer)[: tensor.num_bytes])
-                    done += tensor.num_bytes
-                    if progress is not None:
-                        progress(done, total)
+    with ReadAhead([tensor for tensor, _ in jobs]) as ahead:
+
+        def on_read(tensor: StoredTensor) -> None:
+            nonlocal done
+            ahead.end(tensor)
+            done += tensor.num_bytes
+            if progress is not None:
+                progress(done, total)
+
+        with BackgroundReads(on_read) as reads:
+            for tensor, view in jobs:
+                stream = ahead.begin(tensor)
+                if _as_stored(tensor, view):
+                    reads.add(stream, tensor, _bytes_of(view))
+                else:
+                    reads.finish()  # there is one buffer, and an order that is told
+                    _convert(stream, tensor, view, memoryview(buffer)[: tensor.num_bytes])
+                    on_read(tensor)
 
 
 def _as_stored(tensor: StoredTensor, view: torch.Tensor) -> bool:

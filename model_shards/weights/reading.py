@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from blake3 import blake3
 
 from model_shards.errors import CheckpointError
 from model_shards.weights.header import StoredTensor
@@ -31,22 +35,41 @@ def open_weights(file: Path) -> FileIO:
 class ReadAhead:
     """Asks the system for the tensors that are read next, in order, while one is copied out of its cache.
 
-    By itself it reads ahead within one run of bytes, and little: a slice is many runs, and each would be waited for.
+    By itself it reads ahead within one run of bytes, and little: a slice is many runs of many files, and each would be
+    waited for. Leaving it closes the files.
     """
 
-    def __init__(self, stream: FileIO, tensors: Sequence[StoredTensor]) -> None:
-        """All that will be read of an open file, in that order."""
-        self._stream = stream
+    def __init__(self, tensors: Sequence[StoredTensor]) -> None:
+        """All that will be read, in that order, file after file."""
         self._ahead = deque(tensors)
         self._asked = 0  # bytes that were asked for and are not read yet
+        self._streams: dict[Path, FileIO] = {}  # in the order of their first tensors
 
-    def reading(self, tensor: StoredTensor) -> None:
-        """This one is the next."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for stream in self._streams.values():
+            stream.close()
+
+    def begin(self, tensor: StoredTensor) -> FileIO:
+        """The file of this tensor, which is read next. Raises CheckpointError for one that cannot be opened, which may
+        be that of a tensor further on."""
         while self._ahead and self._asked < AHEAD_BYTES:
             following = self._ahead.popleft()
             self._asked += following.num_bytes
-            _ask_for(self._stream, following)
+            if following.file not in self._streams:
+                self._streams[following.file] = open_weights(following.file)
+            _ask_for(self._streams[following.file], following)
         self._asked -= tensor.num_bytes
+        return self._streams[tensor.file]
+
+    def end(self, tensor: StoredTensor) -> None:
+        """This one and all before it have been read: files before its own are closed."""
+        while (done := next(iter(self._streams))) != tensor.file:
+            self._streams.pop(done).close()
 
 
 def _ask_for(stream: FileIO, tensor: StoredTensor) -> None:
@@ -62,7 +85,7 @@ class TensorReader:
         self._stream = stream
         self._tensor = tensor
         self._position = tensor.start
-        self._digest = None if tensor.sha256 is None else hashlib.sha256()
+        self._digest = None if tensor.blake3 is None else blake3()
 
     def read_into(self, target: memoryview) -> None:
         """Fills `target` with the next bytes. The last byte of the tensor read, they are all checked.
@@ -79,7 +102,7 @@ class TensorReader:
 
 
 def read_unchecked(stream: FileIO, tensor: StoredTensor, target: memoryview) -> None:
-    """Fills `target` with all bytes of the tensor; `check_tensor` is the caller's to call.
+    """Fills `target` with all bytes of the tensor; `check_tensor` is the caller's to call. Any thread may.
 
     Raises CheckpointError naming file and tensor, for a read that fails or ends early.
     """
@@ -87,20 +110,20 @@ def read_unchecked(stream: FileIO, tensor: StoredTensor, target: memoryview) -> 
 
 
 def check_tensor(tensor: StoredTensor, data: memoryview) -> None:
-    """All bytes of a tensor against its sum, where a manifest has one. Another thread may run meanwhile.
+    """All bytes of a tensor against its sum, where a manifest has one.
 
     Raises CheckpointError naming file and tensor, with both sums.
     """
-    if tensor.sha256 is not None:
-        _compare(tensor, hashlib.sha256(data).hexdigest())
+    if tensor.blake3 is not None:
+        _compare(tensor, blake3(data).hexdigest())
 
 
 def _fill(target: memoryview, stream: FileIO, position: int, tensor: StoredTensor) -> None:
     rest = target
     try:
-        stream.seek(position)
         while rest:  # the system may give less than was asked in one read
-            count = stream.readinto(rest)
+            # By position: other threads read from the same file.
+            count = os.preadv(stream.fileno(), [rest], position + len(target) - len(rest))
             if not count:
                 raise CheckpointError(f"{tensor.file} became shorter while tensor {tensor.name} was read from it")
             rest = rest[count:]
@@ -109,9 +132,9 @@ def _fill(target: memoryview, stream: FileIO, position: int, tensor: StoredTenso
 
 
 def _compare(tensor: StoredTensor, found: str) -> None:
-    if found != tensor.sha256:
+    if found != tensor.blake3:
         raise CheckpointError(
-            f"{tensor.file} is damaged: tensor {tensor.name} must have SHA-256 {tensor.sha256}, found {found}; {REMEDY}"
+            f"{tensor.file} is damaged: tensor {tensor.name} must have BLAKE3 {tensor.blake3}, found {found}; {REMEDY}"
         )
 
 

@@ -12,7 +12,7 @@ from model_shards.config import ModelConfig, load_model_config
 from model_shards.errors import CheckpointError
 from model_shards.kernels.instructions import choose_instructions
 from model_shards.kv_cache import LatentKVCache
-from model_shards.weights import attention_slice_bytes, check_checkpoint, expert_slice_bytes
+from model_shards.weights import attention_slice_bytes, background, check_checkpoint, expert_slice_bytes
 from model_shards.weights import load_attention_model as load_attention
 from model_shards.weights import load_expert_shard as load_experts
 from tests.checkpoints import (
@@ -127,7 +127,8 @@ def test_an_expert_held_twice_has_its_weights_in_both_places(indexed: Path) -> N
         assert not torch.equal(layer.down_proj.weight[0], layer.down_proj.weight[1])
 
 
-def test_tensors_are_read_in_the_order_of_their_files(indexed: Path) -> None:
+def test_tensors_are_read_in_the_order_of_their_files(indexed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "_THREADS", 1)
     with watched_reads() as log:
         load_attention(indexed, CONFIG, torch.float32, CPU)
     tensors = log[2 * len(header_extents(indexed)) :]  # a header is two reads: its length, its text

@@ -84,7 +84,7 @@ def test_a_flipped_bit_is_told_with_tensor_expected_and_found_and_mended_by_cutt
     check_checkpoint(cut, load_model_config(cut))  # sizes and headers are right; only loading reads the weights
     expected = json.loads((cut / "shoal.json").read_text())["files"][EXPERT]["tensors"][NAME]
     message = problem(cut)
-    assert re.search(rf"{file} is damaged: tensor {NAME} must have SHA-256 {expected}, found [0-9a-f]{{64}}; ", message)
+    assert re.search(rf"{file} is damaged: tensor {NAME} must have BLAKE3 {expected}, found [0-9a-f]{{64}}; ", message)
     assert expected not in message.partition("found")[2]
     load_expert_shard(cut, load_model_config(cut), (0, 1, 2, 3), torch.float32, CPU)  # a shard that does not read it
 
@@ -123,13 +123,13 @@ def test_a_manifest_that_cannot_be_right_is_refused_by_key_rule_and_value(cut: P
         return values["files"][EXPERT]
 
     cases = [
-        (lambda v: v.update(format_version=2), "format_version must be 1: cut it again"),
+        (lambda v: v.update(format_version=3), "format_version must be 2: cut it again"),
         (lambda v: v.update(quantization="int4"), 'quantization must be "int8" or "fp8", got "int4"'),
         (lambda v: v.update(config_sha256="x"), "config_sha256 must be a SHA-256"),
         (lambda v: v.pop("files"), "files is missing"),
         (lambda v: v["files"].update({"../x": entry(v)}), "must be the name of a file beside the manifest"),
         (lambda v: entry(v).update(bytes=-1), "bytes must be an integer of 0 or more"),
-        (lambda v: entry(v)["tensors"].update({NAME: None}), f"{NAME} must be a SHA-256"),
+        (lambda v: entry(v)["tensors"].update({NAME: None}), f"{NAME} must be a BLAKE3 sum"),
         (lambda v: entry(v)["tensors"].pop(NAME), f"names other tensors of {EXPERT} than"),
         (
             lambda v: v["files"].pop(EXPERT),
