@@ -256,7 +256,13 @@ class Engine:
         elif sequence in self._statistics:
             self._statistics[sequence].record(token.token_id)
         logprobs = () if token.logprob is None else (TokenLogprob(token.logprob, token.top),)
-        return StepOutput(sequence.request.request_id, (token.token_id,), finish_reason, logprobs)
+        return StepOutput(
+            sequence.request.request_id,
+            (token.token_id,),
+            finish_reason,
+            logprobs,
+            num_cached_tokens=sequence.num_cached_tokens or 0,
+        )
 
     def _end(self, sequence: Sequence) -> None:
         self._statistics.pop(sequence, None)

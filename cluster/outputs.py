@@ -25,6 +25,7 @@ def join_outputs(outputs: Sequence[StepOutput]) -> StepOutput:
         last.finish_reason,
         tuple(logprob for output in outputs for logprob in output.logprobs),
         last.error,
+        last.num_cached_tokens,
     )
 
 

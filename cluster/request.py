@@ -46,6 +46,7 @@ class StepOutput:
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     error: str | None = None  # set with FinishReason.ERROR
+    num_cached_tokens: int = 0  # of the prompt, that the prefix cache had when the request was first admitted
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0  # of the prompt
 
 
 @dataclass(frozen=True)
@@ -184,5 +185,5 @@ def _piece(chunk: pb.ChatCompletionChunk | pb.CompletionChunk, text: str) -> Pie
         reason = pb.FinishReason.Name(chunk.finish_reason).removeprefix("FINISH_REASON_").lower()
     usage = None
     if chunk.HasField("usage"):
-        usage = Usage(chunk.usage.prompt_tokens, chunk.usage.completion_tokens)
+        usage = Usage(chunk.usage.prompt_tokens, chunk.usage.completion_tokens, chunk.usage.cached_tokens)
     return Piece(text, len(chunk.token_ids), reason, usage)

@@ -69,6 +69,7 @@ class ScriptedEngine:
     holds: bool = False  # waits for ever where the last step would be
     error: Exception | None = None  # raised where the last step would be
     top: tuple[tuple[int, float], ...] | None = None  # log probabilities, if there are any
+    num_cached: int = 0  # tokens of every prompt
     requests: list[GenerationRequest] = field(default_factory=list)
     num_open: int = 0
     num_steps: int = 0  # that were asked for
@@ -101,7 +102,7 @@ class ScriptedEngine:
     def _output(self, request: GenerationRequest, ids: tuple[int, ...], reason: FinishReason | None) -> StepOutput:
         logprobs = () if self.top is None else tuple(TokenLogprob(-0.5, self.top) for _ in ids)
         error = "the script says so" if reason is FinishReason.ERROR else None
-        return StepOutput(request.request_id, ids, reason, logprobs, error)
+        return StepOutput(request.request_id, ids, reason, logprobs, error, self.num_cached)
 
 
 def make_gateway(engine: ScriptedEngine, max_requests: int = 4, timeout_s: float = TEST_S) -> Gateway:

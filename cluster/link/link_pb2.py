@@ -24,21 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63luster/link/link.proto\x12\x11shoal.internal.v1\"\x16\n\x05Hello\x12\r\n\x05token\x18\x01 \x01(\t\"?\n\x0bOutputBatch\x12\x30\n\x07outputs\x18\x01 \x03(\x0b\x32\x1f.shoal.internal.v1.StreamOutput\"\xab\x01\n\x0cStreamOutput\x12\x0e\n\x06stream\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x36\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1f.shoal.internal.v1.FinishReason\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x31\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1f.shoal.internal.v1.TokenLogprob\"L\n\x0cTokenLogprob\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12\x15\n\rtop_token_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x01*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63luster/link/link.proto\x12\x11shoal.internal.v1\"\x16\n\x05Hello\x12\r\n\x05token\x18\x01 \x01(\t\"?\n\x0bOutputBatch\x12\x30\n\x07outputs\x18\x01 \x03(\x0b\x32\x1f.shoal.internal.v1.StreamOutput\"\xc6\x01\n\x0cStreamOutput\x12\x0e\n\x06stream\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x36\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1f.shoal.internal.v1.FinishReason\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x31\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1f.shoal.internal.v1.TokenLogprob\x12\x19\n\x11num_cached_tokens\x18\x06 \x01(\r\"L\n\x0cTokenLogprob\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12\x15\n\rtop_token_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x01*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cluster.link.link_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=388
-  _globals['_FINISHREASON']._serialized_end=537
+  _globals['_FINISHREASON']._serialized_start=415
+  _globals['_FINISHREASON']._serialized_end=564
   _globals['_HELLO']._serialized_start=46
   _globals['_HELLO']._serialized_end=68
   _globals['_OUTPUTBATCH']._serialized_start=70
   _globals['_OUTPUTBATCH']._serialized_end=133
   _globals['_STREAMOUTPUT']._serialized_start=136
-  _globals['_STREAMOUTPUT']._serialized_end=307
-  _globals['_TOKENLOGPROB']._serialized_start=309
-  _globals['_TOKENLOGPROB']._serialized_end=385
+  _globals['_STREAMOUTPUT']._serialized_end=334
+  _globals['_TOKENLOGPROB']._serialized_start=336
+  _globals['_TOKENLOGPROB']._serialized_end=412
 # @@protoc_insertion_point(module_scope)

@@ -83,7 +83,7 @@ def output_of(wire: pb.StreamOutput, request_id: str) -> StepOutput:
     )
     reason = _FROM_WIRE[wire.finish_reason]
     error = wire.error if reason is FinishReason.ERROR else None
-    return StepOutput(request_id, tuple(wire.token_ids), reason, logprobs, error)
+    return StepOutput(request_id, tuple(wire.token_ids), reason, logprobs, error, wire.num_cached_tokens)
 
 
 def _to_wire(stream: int, output: StepOutput) -> pb.StreamOutput:
@@ -100,6 +100,7 @@ def _to_wire(stream: int, output: StepOutput) -> pb.StreamOutput:
             )
             for entry in output.logprobs
         ],
+        num_cached_tokens=output.num_cached_tokens,
     )
 
 

@@ -6,7 +6,7 @@ single choice needs none of this: its Generation is the stream.
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from typing import Self
 
@@ -28,8 +28,8 @@ class Choices:
     reader holds every choice back: at most one event of each waits.
     """
 
-    def __init__(self, request_id: str, prompt_tokens: int, generations: Sequence[Generation]) -> None:
-        """`prompt_tokens` of all prompts together. Takes over the generations."""
+    def __init__(self, request_id: str, prompt_tokens: Sequence[int], generations: Sequence[Generation]) -> None:
+        """`prompt_tokens` of each prompt. Takes over the generations, those of a prompt one after another."""
         self.id = request_id
         self.created = generations[0].created
         self.log_id = generations[0].log_id
@@ -53,7 +53,7 @@ class Choices:
 
     async def _run(self) -> AsyncGenerator[GenerationEvent, None]:
         coming = {asyncio.ensure_future(_next(choice)): index for index, choice in enumerate(self._generations)}
-        completion_tokens = 0
+        ended: dict[int, Usage] = {}  # by choice
         try:
             while coming:
                 done, _ = await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
@@ -63,9 +63,8 @@ class Choices:
                     if event.usage is None:
                         coming[asyncio.ensure_future(_next(self._generations[index]))] = index
                     else:
-                        completion_tokens += event.usage.completion_tokens
-                    usage = None if coming else Usage(self._prompt_tokens, completion_tokens)
-                    yield replace(event, index=index, usage=usage)
+                        ended[index] = event.usage
+                    yield replace(event, index=index, usage=None if coming else self._usage(ended))
         except Exception:
             for choice in self._generations:
                 choice.left_as = "another choice failed"
@@ -75,6 +74,16 @@ class Choices:
                 task.cancel()
             await asyncio.gather(*coming, return_exceptions=True)
             await self._close_all()
+
+    def _usage(self, choices: Mapping[int, Usage]) -> Usage:
+        """Of the request. What a prompt's choices did not all find in the cache was computed for it."""
+        found = [choices[index].cached_tokens for index in range(len(self._generations))]
+        n = len(found) // len(self._prompt_tokens)
+        return Usage(
+            prompt_tokens=sum(self._prompt_tokens),
+            completion_tokens=sum(usage.completion_tokens for usage in choices.values()),
+            cached_tokens=sum(min(found[start : start + n]) for start in range(0, len(found), n)),
+        )
 
     async def _close_all(self) -> None:
         await asyncio.gather(*(choice.aclose() for choice in self._generations))

@@ -23,6 +23,7 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0  # of the prompt, that were not computed
 
     @property
     def total_tokens(self) -> int:
@@ -70,6 +71,7 @@ class Generation:
         self._deadline = asyncio.get_running_loop().time() + timeout_s
         self._on_end = on_end
         self._num_generated = 0
+        self._num_cached = 0
         self._ended = False
         self._events = self._run()
 
@@ -132,8 +134,12 @@ class Generation:
             text += last.text
             reason = FinishReason.STOP if stopped or last.stopped else reason
         self._num_generated += taken
-        usage = None if reason is None else Usage(len(self._request.prompt_token_ids), self._num_generated)
+        self._num_cached = output.num_cached_tokens
+        usage = None if reason is None else self._usage()
         return GenerationEvent(text, output.token_ids[:taken], reason, usage, output.logprobs[:taken], tuple(offsets))
+
+    def _usage(self) -> Usage:
+        return Usage(len(self._request.prompt_token_ids), self._num_generated, self._num_cached)
 
     def _end(self, ending: str) -> None:
         if self._ended:
@@ -147,5 +153,6 @@ class Generation:
             ending=ending,
             prompt_tokens=len(self._request.prompt_token_ids),
             completion_tokens=self._num_generated,
+            cached_tokens=self._num_cached,
         )
         self._on_end()

@@ -24,47 +24,47 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x64\x65ploy/gateway/inference.proto\x12\x08shoal.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"O\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x14\n\x0ctotal_tokens\x18\x03 \x01(\r\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"_\n\x10PositionLogprobs\x12&\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x16.shoal.v1.TokenLogprob\x12#\n\x03top\x18\x02 \x03(\x0b\x32\x16.shoal.v1.TokenLogprob\"\x8d\x04\n\x11\x43ompletionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x12.shoal.v1.TokenIdsH\x00\x12\x17\n\nmax_tokens\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x05 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x06 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x12\n\x05top_k\x18\n \x01(\rH\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x02H\x07\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x02H\x08\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\t\x88\x01\x01\x12\x0e\n\x01n\x18\x0f \x01(\rH\n\x88\x01\x01\x42\x08\n\x06promptB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\x08\n\x06_top_kB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsB\x04\n\x02_n\"\x81\x02\n\x0f\x43ompletionChunk\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x32\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.shoal.v1.FinishReasonH\x00\x88\x01\x01\x12\x1e\n\x05usage\x18\x05 \x01(\x0b\x32\x0f.shoal.v1.Usage\x12\r\n\x05model\x18\x06 \x01(\t\x12\x0f\n\x07\x63reated\x18\x07 \x01(\x03\x12,\n\x08logprobs\x18\x08 \x03(\x0b\x32\x1a.shoal.v1.PositionLogprobs\x12\r\n\x05index\x18\t \x01(\rB\x10\n\x0e_finish_reason\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xf7\x03\n\x15\x43hatCompletionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\x08messages\x18\x02 \x03(\x0b\x32\x15.shoal.v1.ChatMessage\x12\x17\n\nmax_tokens\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x05 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x06 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x12\n\x05top_k\x18\n \x01(\rH\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x02H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x02H\x07\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x08\x88\x01\x01\x12\x0e\n\x01n\x18\x0f \x01(\rH\t\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\x08\n\x06_top_kB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsB\x04\n\x02_n\"\x88\x02\n\x13\x43hatCompletionChunk\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x32\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.shoal.v1.FinishReasonH\x00\x88\x01\x01\x12\x1e\n\x05usage\x18\x05 \x01(\x0b\x32\x0f.shoal.v1.Usage\x12\r\n\x05model\x18\x06 \x01(\t\x12\x0f\n\x07\x63reated\x18\x07 \x01(\x03\x12,\n\x08logprobs\x18\x08 \x03(\x0b\x32\x1a.shoal.v1.PositionLogprobs\x12\r\n\x05index\x18\t \x01(\rB\x10\n\x0e_finish_reason\"\x13\n\x11ListModelsRequest\">\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\"5\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.shoal.v1.Model\".\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"9\n\x10TokenizeResponse\x12%\n\ttoken_ids\x18\x01 \x01(\x0b\x32\x12.shoal.v1.TokenIds\"I\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x12.shoal.v1.TokenIds\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*~\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\"\x04\x08\x03\x10\x03*\x17\x46INISH_REASON_CANCELLED2\xfc\x02\n\tInference\x12R\n\x0e\x43hatCompletion\x12\x1f.shoal.v1.ChatCompletionRequest\x1a\x1d.shoal.v1.ChatCompletionChunk0\x01\x12\x46\n\nCompletion\x12\x1b.shoal.v1.CompletionRequest\x1a\x19.shoal.v1.CompletionChunk0\x01\x12G\n\nListModels\x12\x1b.shoal.v1.ListModelsRequest\x1a\x1c.shoal.v1.ListModelsResponse\x12\x41\n\x08Tokenize\x12\x19.shoal.v1.TokenizeRequest\x1a\x1a.shoal.v1.TokenizeResponse\x12G\n\nDetokenize\x12\x1b.shoal.v1.DetokenizeRequest\x1a\x1c.shoal.v1.DetokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x64\x65ploy/gateway/inference.proto\x12\x08shoal.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"f\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x14\n\x0ctotal_tokens\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"_\n\x10PositionLogprobs\x12&\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x16.shoal.v1.TokenLogprob\x12#\n\x03top\x18\x02 \x03(\x0b\x32\x16.shoal.v1.TokenLogprob\"\x8d\x04\n\x11\x43ompletionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x12.shoal.v1.TokenIdsH\x00\x12\x17\n\nmax_tokens\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x05 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x06 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x12\n\x05top_k\x18\n \x01(\rH\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x02H\x07\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x02H\x08\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\t\x88\x01\x01\x12\x0e\n\x01n\x18\x0f \x01(\rH\n\x88\x01\x01\x42\x08\n\x06promptB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\x08\n\x06_top_kB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsB\x04\n\x02_n\"\x81\x02\n\x0f\x43ompletionChunk\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x32\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.shoal.v1.FinishReasonH\x00\x88\x01\x01\x12\x1e\n\x05usage\x18\x05 \x01(\x0b\x32\x0f.shoal.v1.Usage\x12\r\n\x05model\x18\x06 \x01(\t\x12\x0f\n\x07\x63reated\x18\x07 \x01(\x03\x12,\n\x08logprobs\x18\x08 \x03(\x0b\x32\x1a.shoal.v1.PositionLogprobs\x12\r\n\x05index\x18\t \x01(\rB\x10\n\x0e_finish_reason\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xf7\x03\n\x15\x43hatCompletionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\x08messages\x18\x02 \x03(\x0b\x32\x15.shoal.v1.ChatMessage\x12\x17\n\nmax_tokens\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x05 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x06 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x12\n\x05top_k\x18\n \x01(\rH\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x02H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x02H\x07\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x08\x88\x01\x01\x12\x0e\n\x01n\x18\x0f \x01(\rH\t\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\x08\n\x06_top_kB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsB\x04\n\x02_n\"\x88\x02\n\x13\x43hatCompletionChunk\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x32\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.shoal.v1.FinishReasonH\x00\x88\x01\x01\x12\x1e\n\x05usage\x18\x05 \x01(\x0b\x32\x0f.shoal.v1.Usage\x12\r\n\x05model\x18\x06 \x01(\t\x12\x0f\n\x07\x63reated\x18\x07 \x01(\x03\x12,\n\x08logprobs\x18\x08 \x03(\x0b\x32\x1a.shoal.v1.PositionLogprobs\x12\r\n\x05index\x18\t \x01(\rB\x10\n\x0e_finish_reason\"\x13\n\x11ListModelsRequest\">\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\"5\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.shoal.v1.Model\".\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"9\n\x10TokenizeResponse\x12%\n\ttoken_ids\x18\x01 \x01(\x0b\x32\x12.shoal.v1.TokenIds\"I\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x12.shoal.v1.TokenIds\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*~\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\"\x04\x08\x03\x10\x03*\x17\x46INISH_REASON_CANCELLED2\xfc\x02\n\tInference\x12R\n\x0e\x43hatCompletion\x12\x1f.shoal.v1.ChatCompletionRequest\x1a\x1d.shoal.v1.ChatCompletionChunk0\x01\x12\x46\n\nCompletion\x12\x1b.shoal.v1.CompletionRequest\x1a\x19.shoal.v1.CompletionChunk0\x01\x12G\n\nListModels\x12\x1b.shoal.v1.ListModelsRequest\x1a\x1c.shoal.v1.ListModelsResponse\x12\x41\n\x08Tokenize\x12\x19.shoal.v1.TokenizeRequest\x1a\x1a.shoal.v1.TokenizeResponse\x12G\n\nDetokenize\x12\x1b.shoal.v1.DetokenizeRequest\x1a\x1c.shoal.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'deploy.gateway.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2263
-  _globals['_FINISHREASON']._serialized_end=2389
+  _globals['_FINISHREASON']._serialized_start=2286
+  _globals['_FINISHREASON']._serialized_end=2412
   _globals['_TOKENIDS']._serialized_start=44
   _globals['_TOKENIDS']._serialized_end=67
   _globals['_USAGE']._serialized_start=69
-  _globals['_USAGE']._serialized_end=148
-  _globals['_TOKENLOGPROB']._serialized_start=150
-  _globals['_TOKENLOGPROB']._serialized_end=199
-  _globals['_POSITIONLOGPROBS']._serialized_start=201
-  _globals['_POSITIONLOGPROBS']._serialized_end=296
-  _globals['_COMPLETIONREQUEST']._serialized_start=299
-  _globals['_COMPLETIONREQUEST']._serialized_end=824
-  _globals['_COMPLETIONCHUNK']._serialized_start=827
-  _globals['_COMPLETIONCHUNK']._serialized_end=1084
-  _globals['_CHATMESSAGE']._serialized_start=1086
-  _globals['_CHATMESSAGE']._serialized_end=1130
-  _globals['_CHATCOMPLETIONREQUEST']._serialized_start=1133
-  _globals['_CHATCOMPLETIONREQUEST']._serialized_end=1636
-  _globals['_CHATCOMPLETIONCHUNK']._serialized_start=1639
-  _globals['_CHATCOMPLETIONCHUNK']._serialized_end=1903
-  _globals['_LISTMODELSREQUEST']._serialized_start=1905
-  _globals['_LISTMODELSREQUEST']._serialized_end=1924
-  _globals['_MODEL']._serialized_start=1926
-  _globals['_MODEL']._serialized_end=1988
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1990
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2043
-  _globals['_TOKENIZEREQUEST']._serialized_start=2045
-  _globals['_TOKENIZEREQUEST']._serialized_end=2091
-  _globals['_TOKENIZERESPONSE']._serialized_start=2093
-  _globals['_TOKENIZERESPONSE']._serialized_end=2150
-  _globals['_DETOKENIZEREQUEST']._serialized_start=2152
-  _globals['_DETOKENIZEREQUEST']._serialized_end=2225
-  _globals['_DETOKENIZERESPONSE']._serialized_start=2227
-  _globals['_DETOKENIZERESPONSE']._serialized_end=2261
-  _globals['_INFERENCE']._serialized_start=2392
-  _globals['_INFERENCE']._serialized_end=2772
+  _globals['_USAGE']._serialized_end=171
+  _globals['_TOKENLOGPROB']._serialized_start=173
+  _globals['_TOKENLOGPROB']._serialized_end=222
+  _globals['_POSITIONLOGPROBS']._serialized_start=224
+  _globals['_POSITIONLOGPROBS']._serialized_end=319
+  _globals['_COMPLETIONREQUEST']._serialized_start=322
+  _globals['_COMPLETIONREQUEST']._serialized_end=847
+  _globals['_COMPLETIONCHUNK']._serialized_start=850
+  _globals['_COMPLETIONCHUNK']._serialized_end=1107
+  _globals['_CHATMESSAGE']._serialized_start=1109
+  _globals['_CHATMESSAGE']._serialized_end=1153
+  _globals['_CHATCOMPLETIONREQUEST']._serialized_start=1156
+  _globals['_CHATCOMPLETIONREQUEST']._serialized_end=1659
+  _globals['_CHATCOMPLETIONCHUNK']._serialized_start=1662
+  _globals['_CHATCOMPLETIONCHUNK']._serialized_end=1926
+  _globals['_LISTMODELSREQUEST']._serialized_start=1928
+  _globals['_LISTMODELSREQUEST']._serialized_end=1947
+  _globals['_MODEL']._serialized_start=1949
+  _globals['_MODEL']._serialized_end=2011
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2013
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2066
+  _globals['_TOKENIZEREQUEST']._serialized_start=2068
+  _globals['_TOKENIZEREQUEST']._serialized_end=2114
+  _globals['_TOKENIZERESPONSE']._serialized_start=2116
+  _globals['_TOKENIZERESPONSE']._serialized_end=2173
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2175
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2248
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2250
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2284
+  _globals['_INFERENCE']._serialized_start=2415
+  _globals['_INFERENCE']._serialized_end=2795
 # @@protoc_insertion_point(module_scope)

@@ -145,7 +145,7 @@ class Gateway:
             ]
             if num_choices == 1:
                 return generations[0]
-            return Choices(asked.request_id, sum(len(ids) for ids in prompts), generations)
+            return Choices(asked.request_id, [len(ids) for ids in prompts], generations)
         except BaseException:
             for name in names:
                 self._release(name)

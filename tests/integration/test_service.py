@@ -83,7 +83,8 @@ def test_the_chat_answer_is_transformers_answer_to_the_checkpoints_own_template(
     assert "".join(chunk.content for chunk in chunks) == tokenizer.decode(tokens, skip_special_tokens=True)
     assert len(chunks) > 1, "the answer must come in pieces"
     assert [chunk.HasField("finish_reason") for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
-    assert chunks[-1].usage == pb.Usage(prompt_tokens=len(prompt), completion_tokens=24, total_tokens=len(prompt) + 24)
+    usage = chunks[-1].usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (len(prompt), 24, len(prompt) + 24)
     assert len({chunk.id for chunk in chunks}) == 1
 
 
@@ -101,6 +102,8 @@ def test_http_and_grpc_give_one_answer_streamed_or_not(service, stub):
         [listed] = client.models.list().data
     assert whole.choices[0].message.content == streamed == expected
     assert whole.usage.completion_tokens == chunks[-1].usage.completion_tokens > 1
+    # Whole blocks of 16, and one token at least is computed.
+    assert whole.usage.prompt_tokens_details.cached_tokens == (whole.usage.prompt_tokens - 1) // 16 * 16 > 0
     assert ids.usage.prompt_tokens == 3
     assert listed.id == service.model == "shoal-demo"
 
@@ -130,7 +133,8 @@ def test_several_prompts_in_one_request_have_the_answers_that_they_have_alone(ht
     alone = [http.post("/v1/completions", json={"prompt": prompt, **fields}).json() for prompt in prompts]
     assert [choice["index"] for choice in together["choices"]] == [0, 1, 2]
     assert [choice["text"] for choice in together["choices"]] == [answer["choices"][0]["text"] for answer in alone]
-    assert together["usage"] == {"prompt_tokens": 9, "completion_tokens": 24, "total_tokens": 33}
+    counts = {"prompt_tokens": 9, "completion_tokens": 24, "total_tokens": 33}
+    assert together["usage"] == {**counts, "prompt_tokens_details": {"cached_tokens": 0}}
 
 
 def test_overload_reaches_clients_through_serves_proxies_with_its_retry_delay(http, stub):

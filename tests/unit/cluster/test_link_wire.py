@@ -19,6 +19,7 @@ outputs = st.builds(
     st.lists(tokens, max_size=5).map(tuple),
     st.none() | st.sampled_from([reason for reason in FinishReason if reason is not FinishReason.ERROR]),
     st.lists(logprobs, max_size=3).map(tuple),
+    num_cached_tokens=tokens,
 )
 
 

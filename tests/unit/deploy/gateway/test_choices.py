@@ -71,6 +71,14 @@ async def test_each_choice_has_its_own_text_and_reason_and_the_last_event_alone_
 
 
 @on_event_loop
+async def test_of_each_prompt_what_all_its_choices_found_in_the_cache_counts():
+    scripts = [ScriptedEngine(steps_of("x"), num_cached=count) for count in (2, 0, 1, 2)]
+    gateway = make_gateway(EngineOfChoices(*scripts))
+    events = await read(await gateway.complete_all(MODEL, [[5, 6, 7], [8, 9]], SamplingFields(n=2)))
+    assert events[-1].usage == Usage(5, 4 * len(tokens_of("x")), 0 + 1)
+
+
+@on_event_loop
 async def test_choices_come_as_they_are_generated_and_not_one_after_the_other():
     accepted = await make_gateway(engine_of(*TEXTS)).complete(MODEL, "x", SamplingFields(n=3))
     first = [(await anext(accepted)).index for _ in range(3)]

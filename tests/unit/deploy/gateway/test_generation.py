@@ -57,8 +57,10 @@ async def test_an_end_of_sequence_token_counts_and_has_no_text():
 
 @on_event_loop
 async def test_a_stop_string_ends_the_answer_before_it_and_the_engines_stream_early():
-    engine = ScriptedEngine(steps_of(SENTENCE), holds=True)
+    engine = ScriptedEngine(steps_of(SENTENCE), holds=True, num_cached=1)
     events = await events_of(engine, stop=("never", "END"))
+    assert events[-1].usage is not None
+    assert events[-1].usage.cached_tokens == 1
     assert text_of(events) == SENTENCE[: SENTENCE.index("END")]
     assert events[-1].finish_reason is FinishReason.STOP
     assert engine.num_steps < len(engine.steps)

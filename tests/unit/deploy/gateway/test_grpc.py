@@ -48,7 +48,7 @@ async def failure_of(call):
 
 @on_event_loop
 async def test_a_chat_streams_text_and_tokens_with_reason_and_usage_on_the_last_chunk_only():
-    engine = ScriptedEngine(steps_of(ANSWER), FinishReason.STOP)
+    engine = ScriptedEngine(steps_of(ANSWER), FinishReason.STOP, num_cached=3)
     async with grpc_channel(make_gateway(engine)) as channel:
         chunks = [chunk async for chunk in InferenceStub(channel).ChatCompletion(chat(max_tokens=50))]
     (request,) = engine.requests
@@ -60,7 +60,7 @@ async def test_a_chat_streams_text_and_tokens_with_reason_and_usage_on_the_last_
     assert chunks[-1].finish_reason == pb.FINISH_REASON_STOP
     prompt, generated = len(request.prompt_token_ids), len(tokens_of(ANSWER))
     assert chunks[-1].usage == pb.Usage(
-        prompt_tokens=prompt, completion_tokens=generated, total_tokens=prompt + generated
+        prompt_tokens=prompt, completion_tokens=generated, total_tokens=prompt + generated, cached_tokens=3
     )
     assert not any(chunk.logprobs for chunk in chunks)
 

@@ -39,7 +39,7 @@ async def openai_client(engine, **limits):
 
 @on_event_loop
 async def test_a_chat_is_answered_whole():
-    engine = ScriptedEngine(steps_of(ANSWER), FinishReason.STOP)
+    engine = ScriptedEngine(steps_of(ANSWER), FinishReason.STOP, num_cached=3)
     async with openai_client(engine) as client:
         answer = await client.chat.completions.create(model=MODEL, messages=HELLO)
     (choice,) = answer.choices
@@ -51,6 +51,7 @@ async def test_a_chat_is_answered_whole():
     assert answer.usage.prompt_tokens == len(engine.requests[0].prompt_token_ids)
     assert answer.usage.completion_tokens == len(tokens_of(ANSWER))
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert answer.usage.prompt_tokens_details.cached_tokens == 3
 
 
 @on_event_loop

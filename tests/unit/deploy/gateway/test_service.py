@@ -222,7 +222,8 @@ async def test_every_end_is_told_once_and_gives_the_place_back(end, caplog):
 @on_event_loop
 async def test_the_log_tells_the_tokens_of_a_request(caplog):
     caplog.set_level(logging.INFO, "deploy.gateway")
-    generation = await make_gateway(ScriptedEngine(steps_of("Yes."))).complete(MODEL, [5, 6], SamplingFields())
+    engine = ScriptedEngine(steps_of("Yes."), num_cached=1)
+    generation = await make_gateway(engine).complete(MODEL, [5, 6], SamplingFields())
     await read(generation)
     (fields,) = [record.fields for record in caplog.records if record.getMessage() == "request ended"]
     assert fields == {
@@ -231,6 +232,7 @@ async def test_the_log_tells_the_tokens_of_a_request(caplog):
         "ending": "length",
         "prompt_tokens": 2,
         "completion_tokens": len(tokens_of("Yes.")),
+        "cached_tokens": 1,
     }
 
 
