@@ -98,6 +98,7 @@ class CellStatus:
     ranks: tuple[RankStatus, ...]
     loading: tuple[LoadingStatus, ...]
     last_error: str | None
+    damage: tuple[str, ...] = ()  # what ranks that cannot start found wrong with their files
 
 
 class CoordinatorClient(Protocol):

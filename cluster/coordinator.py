@@ -55,6 +55,7 @@ class Coordinator:
         self._rendezvous: Rendezvous | None = None
         self._loading: dict[str, LoadingStatus] = {}
         self._last_error: str | None = None
+        self._damage: dict[str, str] = {}  # by place
         self._changed = asyncio.Condition()
 
     # What ranks call: CoordinatorClient.
@@ -69,6 +70,7 @@ class Coordinator:
             self._highest_epoch = max(self._highest_epoch, registration.highest_epoch)
             held = self._roster.members()
             rank = self._roster.register(registration, self._clock())
+            self._damage.pop(self._roster.name_of(rank.uid), None)
             has_lost = not all(self._roster.is_here(member) for member in held)
             # It left the epoch that runs, and the report of that did not arrive.
             has_left = self._roster.has_place(rank.uid) and not rank.is_busy
@@ -141,16 +143,21 @@ class Coordinator:
         others = {uid: other for uid, other in self._loading.items() if other.name != loading.name}
         self._loading = {**others, loading.uid: loading}
 
-    def report_failure(self, name: str, error: str) -> None:
-        """A rank that is not registered cannot start; told to whoever waits for the cell."""
+    def report_failure(self, name: str, error: str, is_damage: bool = False) -> None:
+        """A rank that is not registered cannot start; told to whoever waits for the cell. `is_damage`: nor will it
+        until somebody mends its files."""
         log_event(logger, "rank cannot start", logging.ERROR, place=name, error=error)
         self._last_error = f"{name}: {error}"
+        self._damage.pop(name, None)
+        if is_damage:
+            self._damage[name] = error
 
     def status(self) -> CellStatus:
         """A snapshot."""
         ranks = self._roster.statuses(self._clock())
         loading = tuple(self._loading.values())
-        return CellStatus(self._state, self._epoch, self._roster.missing(), ranks, loading, self._last_error)
+        missing, damage = self._roster.missing(), tuple(self._damage.values())
+        return CellStatus(self._state, self._epoch, missing, ranks, loading, self._last_error, damage)
 
     async def wait_running(self, timeout_s: float) -> CellStatus:
         """Returns once an epoch runs. Raises UnavailableError naming what is missing when the time is up."""

@@ -19,7 +19,7 @@ from cluster.logs import configure_logging, log_event
 from cluster.membership import Rendezvous
 from cluster.spec import CellSpec
 from model_shards.config import load_model_config
-from model_shards.errors import CapacityError
+from model_shards.errors import CapacityError, CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class CoordinatorRank:
             except ray.exceptions.RayTaskError as error:
                 # Its process lives but cannot work, as when its slice cannot be read: told, and tried again.
                 name = self._spec.topology.name(self._spec.topology.expert_global_rank(ep_rank))
-                self._coordinator.report_failure(name, str(error.cause))
+                self._coordinator.report_failure(name, str(error.cause), isinstance(error.cause, CheckpointError))
             except ray.exceptions.RayError as error:
                 log_event(logger, "expert lost", logging.WARNING, place=f"E{ep_rank}", error=type(error).__name__)
             await asyncio.sleep(_EXPERT_RETRY_S)

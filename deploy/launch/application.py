@@ -19,7 +19,7 @@ from cluster.spec import CellSpec
 from deploy.app.application import APP_NAME, SERVICER_FUNCTIONS, build_application
 from deploy.cli.progress import ServeUi
 from deploy.config import ShoalSettings
-from model_shards.errors import UnavailableError
+from model_shards.errors import CheckpointError, ShoalError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +28,16 @@ _Actor: TypeAlias = ray.actor.ActorHandle
 _SERVE_START_S = 60.0
 _POLL_S = 0.25  # Serve and the coordinator work for each answer, while the ranks start on the same cores
 _CALL_S = 15.0
+# How Serve tells this error of an attention replica.
+_DAMAGED = f"{CheckpointError.__module__}.{CheckpointError.__name__}: "
 
 
 @contextmanager
 def running_application(settings: ShoalSettings, spec: CellSpec, ui: ServeUi) -> Iterator[None]:
     """The application runs inside the block; its actors are gone after it.
 
-    Raises UnavailableError, naming the missing ranks and the last error, when it does not run in time.
+    Raises UnavailableError, naming the missing ranks and the last error, when it does not run in time, and
+    CheckpointError as soon as a rank finds its files damaged.
     """
     coordinator = get_or_create_coordinator(spec)
     try:
@@ -77,11 +80,14 @@ def _wait_until_running(coordinator: _Actor, deadline: float, ui: ServeUi) -> No
         status = _cell_status(coordinator)
         if status is not None:
             under_way = _show_loading(under_way, status, ui)
+            if status.damage:
+                # The shard would try again for ever, for somebody may mend them; here nobody has begun to use it.
+                raise CheckpointError("\n".join(dict.fromkeys(status.damage)))
         if application is not None and application.status is ApplicationStatus.RUNNING:
             return
         failed = application is not None and application.status is ApplicationStatus.DEPLOY_FAILED
         if failed or time.monotonic() > deadline:
-            raise UnavailableError(_why_not_running(failed, application, status))
+            raise _why_not_running(failed, application, status)
         time.sleep(_POLL_S)
 
 
@@ -105,7 +111,9 @@ def _cell_status(coordinator: _Actor) -> CellStatus | None:
     return status
 
 
-def _why_not_running(failed: bool, application: ApplicationStatusOverview | None, status: CellStatus | None) -> str:
+def _why_not_running(
+    failed: bool, application: ApplicationStatusOverview | None, status: CellStatus | None
+) -> ShoalError:
     late = "the cell did not start in time (cell.load_timeout_s, cell.join_timeout_s)"
     said = ["the cell failed to start" if failed else late]
     if status is None:
@@ -115,9 +123,11 @@ def _why_not_running(failed: bool, application: ApplicationStatusOverview | None
         said.append(f"last error: {status.last_error or 'none'}")
     for name, deployment in {} if application is None else application.deployments.items():
         cause = _last_line(deployment.message)
+        if cause.startswith(_DAMAGED):
+            return CheckpointError(cause.removeprefix(_DAMAGED))
         if cause:
             said.append(f"{name}: {cause}")
-    return "; ".join(said)
+    return UnavailableError("; ".join(said))
 
 
 def _last_line(message: str) -> str:

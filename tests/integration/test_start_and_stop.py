@@ -19,6 +19,7 @@ from deploy.gateway import inference_pb2 as pb
 from deploy.gateway.inference_pb2_grpc import InferenceStub
 from deploy.launch.ray_runtime import SERVE_ENVIRONMENT
 from deploy.models import default_model_directory
+from model_shards.cut import cut_checkpoint
 from tests.serving import running_service, serve_command
 
 pytestmark = [pytest.mark.service, pytest.mark.timeout(300)]
@@ -98,6 +99,18 @@ def test_an_unknown_architecture_is_named(checkpoint):
     said = refused("--model", str(checkpoint))
     assert "LlamaForCausalLM" in said
     assert "DeepseekV2ForCausalLM" in said
+
+
+@pytest.mark.parametrize("name", ["expert-00011.safetensors", "attention-00000.safetensors"])
+def test_a_flipped_bit_in_a_cut_checkpoint_ends_the_start_with_its_file(tmp_path, name):
+    cut_checkpoint(default_model_directory(), tmp_path / "cut")
+    file = tmp_path / "cut" / name
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    said = refused("--model", str(tmp_path / "cut"))
+    assert f"{file} is damaged: tensor " in said
+    assert "run the same `shoal shard` again" in said
 
 
 def test_a_port_in_use_is_named():

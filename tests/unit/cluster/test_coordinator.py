@@ -396,6 +396,21 @@ def test_an_epoch_fails_at_once_when_a_join_was_lost_on_the_way():
     asyncio.run(scenario())
 
 
+def test_damage_is_told_until_the_rank_has_started_or_fails_otherwise():
+    async def scenario():
+        coordinator = make_coordinator(1, 2)
+        coordinator.report_failure("E0", "file a is damaged", is_damage=True)
+        coordinator.report_failure("E1", "file b is damaged", is_damage=True)
+        assert coordinator.status().damage == ("file a is damaged", "file b is damaged")
+        coordinator.report_failure("E1", "no memory")
+        assert coordinator.status().damage == ("file a is damaged",)
+        assert coordinator.status().last_error == "E1: no memory"
+        await coordinator.register(E0)
+        assert coordinator.status().damage == ()
+
+    asyncio.run(scenario())
+
+
 # --- loading ------------------------------------------------------------------------------------------------------
 
 
