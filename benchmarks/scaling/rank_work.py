@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -114,10 +115,10 @@ def _layers(
     sent = 0
     send = groups.mesh.send
 
-    def counted(rank: int, message: torch.Tensor) -> None:
+    def counted(messages: Sequence[tuple[int, torch.Tensor]]) -> None:
         nonlocal sent
-        sent += 1
-        send(rank, message)
+        sent += len(messages)
+        send(messages)
 
     groups.mesh.send = counted  # type: ignore[method-assign]
     header = StepHeader(membership.epoch, (load.rows,), ends=False)
