@@ -139,7 +139,7 @@ def plot(systems: Sequence[str], rates: Rates, file: Path) -> None:
     "--cell", "cells", multiple=True, default=("1,2",), show_default=True, help="M,N of Shoal; several times."
 )
 @click.option("--dtype", default="bfloat16", show_default=True)
-@click.option("--attention-weights", default="auto", show_default=True, help="Of the engine: auto or int8.")
+@click.option("--attention-weights", default="auto", show_default=True, help="auto or int8.")
 @click.option("--service/--no-service", default=True, show_default=True, help="Also through gRPC, with the first cell.")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--plot", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draws the figures as PNG.")
@@ -158,9 +158,9 @@ def main(
     for cell in cells:
         attention, experts = cell.split(",")
         arguments = f"--model {shlex.quote(str(model))} --attention {attention} --experts {experts} --dtype {dtype}"
+        arguments += f" --attention-weights {attention_weights}"
         python = shlex.quote(sys.executable)
-        engine = f"{python} -m benchmarks.engine {arguments} --attention-weights {attention_weights} --rounds 1"
-        commands[f"shoal {attention}x{experts} engine"] = engine
+        commands[f"shoal {attention}x{experts} engine"] = f"{python} -m benchmarks.engine {arguments} --rounds 1"
         if service and cell == cells[0]:
             commands[f"shoal {attention}x{experts} gRPC"] = f"{python} -m benchmarks.service_workloads {arguments}"
     for peer in peers:

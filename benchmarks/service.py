@@ -111,6 +111,7 @@ def settings_of(spec: CellSpec) -> list[str]:
         "engine.block_size": limits.block_size,
         "engine.kv_cache_tokens": limits.num_blocks * limits.block_size,
         "engine.max_decode_slowdown": "null" if limits.max_decode_slowdown is None else limits.max_decode_slowdown,
+        "engine.attention_weights": spec.attention_weights,
         "engine.prefix_cache": str(limits.prefix_cache).lower(),
         "cell.micro_batches": "auto" if limits.choose_micro_batches else limits.num_micro_batches,
     }

@@ -36,12 +36,13 @@ async def measure(model: Path, workloads: tuple[Workload, ...], address: str, pi
 @click.option("--attention", default=1, show_default=True)
 @click.option("--experts", default=2, show_default=True)
 @click.option("--dtype", default="bfloat16", show_default=True)
+@click.option("--attention-weights", default="auto", show_default=True, help="auto or int8.")
 @click.option("--workload", "texts", multiple=True, help="SEQUENCES,PROMPT,OUTPUT; those of the peers if not given.")
-def main(model: Path, attention: int, experts: int, dtype: str, texts: tuple[str, ...]) -> None:
+def main(model: Path, attention: int, experts: int, dtype: str, attention_weights: str, texts: tuple[str, ...]) -> None:
     """Measures a service; see the top of the file."""
     workloads = tuple(map(Workload.parse, texts)) or WORKLOADS
     directory = model.absolute()
-    spec = cell_spec(directory, Topology(attention, experts), dtype, "auto", "auto", workloads)
+    spec = cell_spec(directory, Topology(attention, experts), dtype, "auto", "auto", workloads, attention_weights)
     with running_service(*settings_of(spec)) as service:
         asyncio.run(measure(directory, workloads, service.grpc, service.process.pid))
 

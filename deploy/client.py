@@ -63,7 +63,6 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
-    cached_tokens: int = 0  # of the prompt
 
 
 @dataclass(frozen=True)
@@ -185,5 +184,5 @@ def _piece(chunk: pb.ChatCompletionChunk | pb.CompletionChunk, text: str) -> Pie
         reason = pb.FinishReason.Name(chunk.finish_reason).removeprefix("FINISH_REASON_").lower()
     usage = None
     if chunk.HasField("usage"):
-        usage = Usage(chunk.usage.prompt_tokens, chunk.usage.completion_tokens, chunk.usage.cached_tokens)
+        usage = Usage(chunk.usage.prompt_tokens, chunk.usage.completion_tokens)
     return Piece(text, len(chunk.token_ids), reason, usage)

@@ -4,10 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model_shards.errors import CheckpointError
 from model_shards.kernels.grouped_product import PackedMatrices
 from model_shards.packing import GroupedMultiply, pack, pack_int8
-from model_shards.quantization import Quantization, QuantizedRows, quantize_rows
+from model_shards.quantization import Quantization, QuantizedRows, quantize_matrices
 
 
 def frozen_parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
@@ -18,17 +17,6 @@ def frozen_parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.d
 def release(parameter: nn.Parameter) -> None:
     """Gives the parameter's memory back; it has no elements afterwards."""
     parameter.data = parameter.data.new_empty(0)
-
-
-def quantize_weight(weight: torch.Tensor) -> QuantizedRows:
-    """weight [out_features, in_features] in int8. Raises CheckpointError when a value is not finite."""
-    try:
-        return quantize_rows(weight, Quantization.INT8)
-    except ValueError as error:
-        raise CheckpointError(
-            f"a matrix of shape {list(weight.shape)} cannot be quantized: {error}; serve it with "
-            "engine.attention_weights auto"
-        ) from error
 
 
 class FrozenLinear(nn.Module):
@@ -56,12 +44,12 @@ class FrozenLinear(nn.Module):
             release(self.weight)
 
     def lay_out_int8(self) -> None:
-        """As `lay_out`, in 8 bits; `weight` has no elements afterwards. Raises CheckpointError for what is not finite.
+        """As `lay_out`, in 8 bits; `weight` has no elements afterwards. Raises ValueError for what is not finite.
 
         Of a bfloat16 model on a CPU with 8-bit dot products activations are quantized too; elsewhere the product with
         the widened matrix is scaled, as that of `model_shards.expert_matrix.QuantizedExpertMatrix`.
         """
-        rows = quantize_weight(self.weight.data)
+        rows = quantize_matrices([self.weight.data], Quantization.INT8)
         release(self.weight)
         if self._dtype is torch.bfloat16:
             self._multiply_int8 = pack_int8(rows.values[None], rows.scale_inv[None])
@@ -81,7 +69,8 @@ class FrozenLinear(nn.Module):
             rows = x.reshape(-1, x.shape[-1])
             product = self._multiply_int8(rows, (rows.shape[0],))
         elif self._rows is not None:
-            product = F.linear(x, self._rows.values.to(x.dtype)).float() * self._rows.scale_inv
+            widened = F.linear(x.to(self._dtype), self._rows.values.to(self._dtype))
+            product = (widened.float() * self._rows.scale_inv).to(self._dtype)
         else:
             return F.linear(x, self.weight, self.bias)
         product = product.view(*x.shape[:-1], self._out_features)

@@ -19,6 +19,7 @@ from model_shards.batch import AttentionBatch
 from model_shards.compiled.layer import pack_layer, serves
 from model_shards.compiled.layers import CompiledLayers
 from model_shards.config import ModelConfig
+from model_shards.errors import CheckpointError
 from model_shards.kv_cache import LatentKVCache
 from model_shards.linear import FrozenLinear, frozen_parameter
 from model_shards.mla import MultiHeadLatentAttention
@@ -122,6 +123,16 @@ class AttentionModel(nn.Module):
         `in_int8`: those of attention, dense layers and shared experts in 8 bits (model_shards.quantization). What is
         neither: W_UK, W_UV, gates, embedding and logits. Raises CheckpointError for one that cannot be quantized.
         """
+        try:
+            self._lay_out(in_int8)
+        except ValueError as error:
+            # What was laid out before it has no elements any more.
+            name = next((name for name, view in self.hf_slices() if not bool(view.isfinite().all())), "")
+            raise CheckpointError(
+                f"tensor {name} cannot be quantized: {error}; serve it with engine.attention_weights auto"
+            ) from error
+
+    def _lay_out(self, in_int8: bool) -> None:
         self._compiled = self._compile(in_int8)
         if self._compiled is None:
             for layer in self.model.decoder_layers:

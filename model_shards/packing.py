@@ -19,7 +19,7 @@ import torch
 from model_shards.kernels.grouped_product import PackedMatrices, Rows, Scaling
 from model_shards.kernels.instructions import Arithmetic, Instructions, choose_instructions
 from model_shards.kernels.program import Call
-from model_shards.quantization import ZERO_POINT, Quantization, row_scales
+from model_shards.quantization import ZERO_POINT, Quantization, row_scales, rows_of_a_block
 
 # [P, I] -> [P, O], float32 or the operand's dtype: the first counts[0] rows by matrix 0, and so on.
 GroupedMultiply = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
@@ -87,6 +87,12 @@ def pack_int8(weight: torch.Tensor, scale_inv: torch.Tensor) -> GroupedMultiply 
     return multiply
 
 
+def _row_sums(weight: torch.Tensor) -> torch.Tensor:
+    """[E, O] int32 of W [E, O, I] int8; some rows at a time, as torch widens all that it sums."""
+    blocks = torch.split(weight.flatten(0, 1), rows_of_a_block(weight.shape[2]))
+    return torch.cat([block.sum(-1, dtype=torch.int32) for block in blocks]).view(weight.shape[:2])
+
+
 class PackedInt8:
     """Matrices of 8 bits with what their products are scaled by."""
 
@@ -95,7 +101,7 @@ class PackedInt8:
         self.matrices = PackedMatrices(weight, instructions)
         missing = self.matrices.padded_outputs - weight.shape[1]
         # What ZERO_POINT in place of 0 adds to each output. Of widths that are served it stays far inside of 32 bits.
-        self._zero_sums = torch.nn.functional.pad(weight.sum(-1, dtype=torch.int32) * ZERO_POINT, (0, missing))
+        self._zero_sums = torch.nn.functional.pad(_row_sums(weight) * ZERO_POINT, (0, missing))
         self._scales = torch.nn.functional.pad(scale_inv, (0, missing))
 
     def scaling(self, row_scales: torch.Tensor) -> Scaling:

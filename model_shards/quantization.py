@@ -8,6 +8,7 @@ The scale has the name and the sense that DeepSeek-V3's checkpoints give it: wha
 Every q is exact in bfloat16 and in float32, so a product with q loses nothing that the product itself does not lose.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -18,10 +19,11 @@ SCALE_SUFFIX = "_scale_inv"
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 # Activations are quantized as int8 weights are, and stored above this: CPUs multiply unsigned by signed.
 ZERO_POINT = 128
+_BLOCK_ELEMENTS = 2**19
 
 
 class Quantization(StrEnum):
-    """How routed experts are stored and held."""
+    """How a matrix of weights, or the latent cache, is stored and held."""
 
     INT8 = "int8"
     FP8 = "fp8"
@@ -53,6 +55,28 @@ def quantize_rows(weight: torch.Tensor, quantization: Quantization) -> Quantized
         raise ValueError("a value is not finite")
     scaled = wide.div_(scale_inv) if wide is not weight else wide / scale_inv
     return QuantizedRows(nearest_values(scaled, quantization), scale_inv[:, 0])
+
+
+def quantize_matrices(weights: Sequence[torch.Tensor], quantization: Quantization) -> QuantizedRows:
+    """The rows of all `weights` [rows, in], one matrix after another, as `quantize_rows`; some rows at a time, so that
+    little is held beside what comes of it. Raises ValueError as that does."""
+    rows, width = sum(len(weight) for weight in weights), weights[0].shape[1]
+    device = weights[0].device
+    values = torch.empty(rows, width, dtype=quantization.dtype, device=device)
+    scale_inv = torch.empty(rows, dtype=torch.float32, device=device)
+    start = 0
+    for weight in weights:
+        for block in torch.split(weight, rows_of_a_block(width)):
+            quantized = quantize_rows(block, quantization)
+            values[start : start + len(block)] = quantized.values
+            scale_inv[start : start + len(block)] = quantized.scale_inv
+            start += len(block)
+    return QuantizedRows(values, scale_inv)
+
+
+def rows_of_a_block(width: int) -> int:
+    """How many rows of so many elements are widened at once."""
+    return max(1, _BLOCK_ELEMENTS // max(1, width))
 
 
 def row_scales(wide: torch.Tensor, largest: int) -> torch.Tensor:

@@ -91,7 +91,12 @@ def requests_of(expected: Expected) -> list[GenerationRequest]:
 
 
 def run_in_process(
-    expected: Expected, num_expert: int, dtype: torch.dtype, device: torch.device, limits: EngineLimits = LIMITS
+    expected: Expected,
+    num_expert: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    limits: EngineLimits = LIMITS,
+    attention_in_int8: bool = False,
 ) -> dict[str, tuple[int, ...]]:
     """All requests through one engine whose shards are called directly: no process group, any one device."""
     config = load_model_config(expected.directory)
@@ -99,8 +104,9 @@ def run_in_process(
     shards = [load_expert_shard(expected.directory, config, held, dtype, device) for held in placement.shards]
     dispatcher = LocalDispatcher(shards, placement, device)
     model = load_attention_model(expected.directory, config, dtype, device)
-    for part in (model, *shards):
-        part.lay_out()
+    model.lay_out(attention_in_int8)
+    for shard in shards:
+        shard.lay_out()
     cache = LatentKVCache(config, limits.num_blocks, limits.block_size, dtype, device)
     engine = Engine(config, model, cache, limits)
     tokens: dict[str, tuple[int, ...]] = {}

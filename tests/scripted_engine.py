@@ -19,7 +19,7 @@ from deploy.models import default_model_directory
 from deploy.text import ChatTokenizer
 
 TEST_S = 20.0
-ENDING_S = 2.0  # in which tasks end that are about to
+ENDING_TURNS = 200  # of the event loop, in which tasks end that are about to
 MODEL = "shoal-demo"
 MAX_MODEL_LEN = 128
 
@@ -32,9 +32,10 @@ def on_event_loop(test: Callable[..., Coroutine[None, None, None]]) -> Callable[
         async def main():
             async with asyncio.timeout(TEST_S):
                 await test(*arguments, **named)
-            left = asyncio.all_tasks() - {asyncio.current_task()}
             # What is about to end may: grpc's own tasks of a call outlive it by some turns of the loop.
-            _, left = await asyncio.wait(left, timeout=ENDING_S) if left else (left, left)
+            for _ in range(ENDING_TURNS):
+                await asyncio.sleep(0)
+            left = asyncio.all_tasks() - {asyncio.current_task()}
             assert not left, f"still running: {left}"
 
         asyncio.run(main())

@@ -78,7 +78,7 @@ class Lane:
                 "expert_ids": Array(torch.int64, config.num_experts_per_tok),
                 "expert_weights": Array(torch.float32, config.num_experts_per_tok),
                 "gate_up": Array(torch.float32, max(widths)),
-                "active": Array(torch.bfloat16, max(widths) // 2),
+                "active": Array(torch.bfloat16, 0 if self._quantized else max(widths) // 2),
             }
         )
         latent = Array(torch.bfloat16, heads * config.kv_lora_rank)

@@ -16,12 +16,13 @@ from model_shards.kernels.grouped_product import PackedMatrices
 from model_shards.kernels.instructions import Instructions
 from model_shards.kernels.prefill_ir import HeadShape
 from model_shards.kernels.routing import Choice
-from model_shards.linear import quantize_weight, release
+from model_shards.linear import release
 from model_shards.mla import MultiHeadLatentAttention
 from model_shards.mlp import MLP
 from model_shards.moe import MoE
 from model_shards.norm import RMSNorm
 from model_shards.packing import PackedInt8
+from model_shards.quantization import Quantization, quantize_matrices
 from model_shards.up_projection import PackedUpProjections, split_heads
 
 Packed: TypeAlias = PackedMatrices | PackedInt8
@@ -86,18 +87,20 @@ def pack_layer(
 ) -> LayerWeights:
     """Takes the weights of the layer's matrices over, which have no elements afterwards.
 
-    With `int8_instructions` they are quantized to 8 bits, all but W_UK, W_UV and the gate. Raises CheckpointError for
-    one that cannot be.
+    With `int8_instructions` they are quantized to 8 bits, all but W_UK, W_UV and the gate. Raises ValueError for one
+    that cannot be, which it leaves as it was.
     """
 
     def packed(*weights: torch.nn.Parameter) -> Packed:
-        whole = torch.cat([weight.data for weight in weights])
+        parts = [weight.data for weight in weights]
+        if int8_instructions is None:
+            matrices: Packed = PackedMatrices(torch.cat(parts)[None], instructions)
+        else:
+            rows = quantize_matrices(parts, Quantization.INT8)
+            matrices = PackedInt8(rows.values[None], rows.scale_inv[None], int8_instructions)
         for weight in weights:
             release(weight)
-        if int8_instructions is None:
-            return PackedMatrices(whole[None], instructions)
-        rows = quantize_weight(whole)
-        return PackedInt8(rows.values[None], rows.scale_inv[None], int8_instructions)
+        return matrices
 
     dense_up = split_heads(attention.kv_b_proj.weight.data, config.num_attention_heads, config.qk_nope_head_dim)
     up = PackedUpProjections(dense_up, instructions, expands=False)

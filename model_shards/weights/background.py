@@ -39,6 +39,7 @@ class BackgroundReads:
         self._on_read = on_read
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="read-weights")
         self._gathered: list[_Read] = []
+        self._gathered_bytes = 0
         self._waiting: deque[tuple[Sequence[_Read], Future[None]]] = deque()
 
     def __enter__(self) -> Self:
@@ -60,17 +61,19 @@ class BackgroundReads:
         Raises CheckpointError for a tensor that was added before: the first that cannot be read or is damaged.
         """
         self._gathered.append(_Read(stream, tensor, target))
-        if sum(len(read.target) for read in self._gathered) >= _BYTES_OF_A_TURN:
+        self._gathered_bytes += tensor.num_bytes
+        if self._gathered_bytes >= _BYTES_OF_A_TURN:
             self._hand_over()
             self._wait(_MOST_WAITING)
 
     def finish(self) -> None:
         """Waits for all that were added. Raises as `add` does."""
-        self._hand_over()
+        if self._gathered:
+            self._hand_over()
         self._wait(0)
 
     def _hand_over(self) -> None:
-        reads, self._gathered = self._gathered, []
+        reads, self._gathered, self._gathered_bytes = self._gathered, [], 0
         self._waiting.append((reads, self._pool.submit(_run_all, reads)))
 
     def _wait(self, most: int) -> None:

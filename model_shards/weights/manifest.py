@@ -98,7 +98,10 @@ def read_manifest(directory: Path) -> Manifest | None:
 def read_identity(keys: JsonKeys) -> CutIdentity:
     """Raises CheckpointError, also for a format of another version."""
     if keys.positive("format_version") != FORMAT_VERSION:
-        raise keys.error("format_version", f"must be {FORMAT_VERSION}: cut it again with this version of Shoal")
+        raise keys.error(
+            "format_version",
+            f"must be {FORMAT_VERSION}: cut it again with this version of Shoal, into another directory",
+        )
     quantization = keys.raw("quantization")
     if quantization is not None:
         quantization = Quantization(keys.choice("quantization", tuple(Quantization)))

@@ -42,7 +42,7 @@ class ReadAhead:
     def __init__(self, tensors: Sequence[StoredTensor]) -> None:
         """All that will be read, in that order, file after file."""
         self._ahead = deque(tensors)
-        self._asked = 0  # bytes that were asked for and are not read yet
+        self._asked = 0  # bytes that were asked for and whose reading has not begun
         self._streams: dict[Path, FileIO] = {}  # in the order of their first tensors
 
     def __enter__(self) -> Self:

@@ -8,6 +8,7 @@ import torch
 from cluster.cell import Cell
 from tests.cells import (
     LIMITS,
+    NUM_TOKENS,
     assert_equal_to_transformers,
     assert_greedy_up_to_rounding,
     make_expected,
@@ -37,6 +38,17 @@ def test_fp32_tokens_of_one_process_equal_transformers(expected, num_micro_batch
 def test_bf16_tokens_of_one_process_are_greedy_up_to_rounding(expected):
     tokens = run_in_process(expected, 3, torch.bfloat16, torch.device("cuda"))
     assert_greedy_up_to_rounding(expected, tokens)
+
+
+def test_fp32_tokens_with_attention_in_8_bits_are_those_of_a_cpu(expected):
+    devices = (torch.device("cuda"), torch.device("cpu"))
+    on_gpu, on_cpu = (run_in_process(expected, 3, torch.float32, device, attention_in_int8=True) for device in devices)
+    assert on_gpu == on_cpu
+
+
+def test_bf16_serves_attention_in_8_bits(expected):
+    tokens = run_in_process(expected, 3, torch.bfloat16, torch.device("cuda"), attention_in_int8=True)
+    assert all(len(answer) == NUM_TOKENS for answer in tokens.values())
 
 
 @pytest.mark.parametrize(("topology", "limits"), [((1, 2), {}), ((2, 2), {"num_micro_batches": 2, "num_blocks": 20})])

@@ -110,9 +110,9 @@ def test_what_a_slow_consumer_missed_arrives_as_one_output_and_an_error_wins():
     async def scenario() -> None:
         stream: asyncio.Queue[StepOutput | UnavailableError] = asyncio.Queue()
         for token, reason in ((2, None), (3, FinishReason.LENGTH)):
-            stream.put_nowait(StepOutput("a", (token,), reason))
-        merged = merge_outputs(StepOutput("a", (1,)), stream)
-        assert merged == StepOutput("a", (1, 2, 3), FinishReason.LENGTH)
+            stream.put_nowait(StepOutput("a", (token,), reason, num_cached_tokens=16))
+        merged = merge_outputs(StepOutput("a", (1,), num_cached_tokens=16), stream)
+        assert merged == StepOutput("a", (1, 2, 3), FinishReason.LENGTH, num_cached_tokens=16)
         error = UnavailableError("gone")
         for output in (StepOutput("a", (2,)), error):
             stream.put_nowait(output)

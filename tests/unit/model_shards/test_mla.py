@@ -68,6 +68,24 @@ def test_weights_laid_out_once_or_at_each_call_give_the_same() -> None:
     assert torch.equal(before, run_steps(MODEL, batch, new_cache(5), ROUTED))
 
 
+@pytest.mark.parametrize("q_lora_rank", [None, 24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_gpu_computes_with_serves_matrices_in_8_bits_too(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, q_lora_rank: int | None
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # no layouts
+    reference = random_hf_model(make_hf_config(q_lora_rank=q_lora_rank), seed=4)
+    routed, batch = ShardExperts(expert_shard_of(reference, dtype=dtype)), single_sequence_batch([3, 1, 4, 1, 5], 4)
+    logits = []
+    for in_int8 in (False, True):
+        model = attention_model_of(reference, dtype)
+        for layer in model.model.decoder_layers:
+            layer.self_attn._core = FusedAttention(model.config)
+        model.lay_out(in_int8)
+        logits.append(run_steps(model, batch, LatentKVCache(model.config, 2, 4, dtype, CPU), routed))
+    assert 1e-4 < relative_error(logits[1], logits[0]) < 0.06
+
+
 @pytest.mark.parametrize("limit", [1, 1 << 10, 1 << 28])
 def test_expanding_a_few_heads_at_a_time_changes_nothing(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = random_tokens(131, 20, seed=1)

@@ -87,6 +87,17 @@ def test_a_linear_in_8_bits_is_near_the_one_it_was_made_of_whatever_the_cpu(monk
 
 
 @CPUS
+def test_a_linear_in_8_bits_widens_to_the_model_s_dtype_and_no_further(monkeypatch, flags) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    linear = FrozenLinear(64, 40, torch.bfloat16, CPU)
+    linear.weight.data.copy_(random(40, 64))
+    linear.lay_out_int8()
+    x = random(3, 64, seed=2).bfloat16()
+    assert torch.equal(linear.product(x), linear.product(x.float()))
+    assert linear.product(x).dtype is linear.product(x[:0]).dtype
+
+
+@CPUS
 def test_each_expert_multiplies_its_own_rows(monkeypatch, flags) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
     matrices = make_expert_matrix(4, 6, 5, torch.bfloat16, CPU, None)

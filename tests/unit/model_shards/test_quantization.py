@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from model_shards.expert_matrix import ExpertMatrix, make_expert_matrix
 from model_shards.experts import ExpertShardModel
-from model_shards.quantization import Quantization, quantize_rows
+from model_shards.quantization import Quantization, quantize_matrices, quantize_rows
 from tests.reference import CPU, make_hf_config, model_config_of, reference_expert, relative_error
 
 BOTH = pytest.mark.parametrize("quantization", list(Quantization))
@@ -108,6 +108,18 @@ def test_int8_under_bfloat16_is_laid_out_where_the_cpu_has_products_of_8_bits(
     laid_out = matrices.lay_out()
     assert (laid_out is not matrices) == able
     assert relative_error(laid_out.grouped(x, counts), before.double()) < 0.02
+
+
+@BOTH
+@pytest.mark.parametrize("elements", [1, 20, 64, 10**6])
+def test_matrices_in_blocks_are_quantized_as_whole_ones(
+    monkeypatch: pytest.MonkeyPatch, quantization: Quantization, elements: int
+) -> None:
+    monkeypatch.setattr("model_shards.quantization._BLOCK_ELEMENTS", elements)
+    weights = [matrix(rows, 6, rows) for rows in (5, 1, 9)]
+    whole, blocks = quantize_rows(torch.cat(weights), quantization), quantize_matrices(weights, quantization)
+    assert torch.equal(blocks.values.view(torch.uint8), whole.values.view(torch.uint8))
+    assert torch.equal(blocks.scale_inv, whole.scale_inv)
 
 
 @BOTH
