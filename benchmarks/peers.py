@@ -160,9 +160,12 @@ def main(
         arguments = f"--model {shlex.quote(str(model))} --attention {attention} --experts {experts} --dtype {dtype}"
         arguments += f" --attention-weights {attention_weights}"
         python = shlex.quote(sys.executable)
-        commands[f"shoal {attention}x{experts} engine"] = f"{python} -m benchmarks.engine {arguments} --rounds 1"
+        kind = "" if attention_weights == "auto" else f" {attention_weights} attention"
+        commands[f"shoal {attention}x{experts}{kind} engine"] = f"{python} -m benchmarks.engine {arguments} --rounds 1"
         if service and cell == cells[0]:
-            commands[f"shoal {attention}x{experts} gRPC"] = f"{python} -m benchmarks.service_workloads {arguments}"
+            commands[f"shoal {attention}x{experts}{kind} gRPC"] = (
+                f"{python} -m benchmarks.service_workloads {arguments}"
+            )
     for peer in peers:
         name, separator, command = peer.partition("=")
         if not separator:
