@@ -127,7 +127,9 @@ class AttentionModel(nn.Module):
             self._lay_out(in_int8)
         except ValueError as error:
             # What was laid out before it has no elements any more.
-            name = next((name for name, view in self.hf_slices() if not bool(view.isfinite().all())), "")
+            name = next((name for name, view in self.hf_slices() if not bool(view.isfinite().all())), None)
+            if name is None:
+                raise
             raise CheckpointError(
                 f"tensor {name} cannot be quantized: {error}; serve it with engine.attention_weights auto"
             ) from error

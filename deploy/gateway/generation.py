@@ -135,11 +135,10 @@ class Generation:
             reason = FinishReason.STOP if stopped or last.stopped else reason
         self._num_generated += taken
         self._num_cached = output.num_cached_tokens
-        usage = None if reason is None else self._usage()
+        usage = None
+        if reason is not None:
+            usage = Usage(len(self._request.prompt_token_ids), self._num_generated, self._num_cached)
         return GenerationEvent(text, output.token_ids[:taken], reason, usage, output.logprobs[:taken], tuple(offsets))
-
-    def _usage(self) -> Usage:
-        return Usage(len(self._request.prompt_token_ids), self._num_generated, self._num_cached)
 
     def _end(self, ending: str) -> None:
         if self._ended:
