@@ -14,13 +14,14 @@ from model_shards.kernels.grouped_product import PackedMatrices
 from model_shards.linear import frozen_parameter, release
 from model_shards.packing import (
     GroupedMultiply,
+    Packed,
     PackedInt8,
     each_its_rows,
     pack,
     pack_int8,
     program_instructions,
 )
-from model_shards.quantization import SCALE_SUFFIX, Quantization
+from model_shards.quantization import SCALE_SUFFIX, Quantization, QuantizedRows, widened_product
 
 
 class GroupedMatrix(ABC):
@@ -62,7 +63,7 @@ class ExpertMatrix(GroupedMatrix, nn.Module):
                 release(parameter)
         return laid_out
 
-    def pack(self) -> PackedMatrices | PackedInt8 | None:
+    def pack(self) -> Packed | None:
         """As `lay_out`, for compiled programs; None, and nothing has happened, where there are none for it."""
         packed = self._packed()
         if packed is not None:
@@ -70,7 +71,7 @@ class ExpertMatrix(GroupedMatrix, nn.Module):
                 release(parameter)
         return packed
 
-    def _packed(self) -> PackedMatrices | PackedInt8 | None:
+    def _packed(self) -> Packed | None:
         instructions = program_instructions(self.weight.dtype, self.weight.device)
         return None if instructions is None else PackedMatrices(self.weight.data, instructions)
 
@@ -116,14 +117,14 @@ class QuantizedExpertMatrix(ExpertMatrix):
         multiply = pack_int8(self.weight.data, self.scale_inv.data)
         return self if multiply is None else _LaidOut(self._dtype, multiply)
 
-    def _packed(self) -> PackedMatrices | PackedInt8 | None:
+    def _packed(self) -> Packed | None:
         instructions = program_instructions(self.weight.dtype, self.weight.device)
         if instructions is None or self._dtype is not torch.bfloat16:
             return None
         return PackedInt8(self.weight.data, self.scale_inv.data, instructions)
 
     def _widened(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
-        return F.linear(rows, self.weight[expert].to(rows.dtype)).float() * self.scale_inv[expert]
+        return widened_product(rows, QuantizedRows(self.weight[expert], self.scale_inv[expert]))
 
 
 class _LaidOut(GroupedMatrix):

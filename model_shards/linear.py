@@ -1,12 +1,13 @@
 """A weight matrix that is read only: allocated uninitialised, filled from a checkpoint, never trained."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model_shards.kernels.grouped_product import PackedMatrices
-from model_shards.packing import GroupedMultiply, pack, pack_int8
-from model_shards.quantization import Quantization, QuantizedRows, quantize_matrices
+from model_shards.packing import pack, pack_int8
+from model_shards.quantization import Quantization, quantize_matrices, widened_product
 
 
 def frozen_parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
@@ -30,17 +31,18 @@ class FrozenLinear(nn.Module):
         self.bias = frozen_parameter((out_features,), dtype, device) if bias else None
         self._out_features = out_features
         self._dtype = dtype
-        self._packed: PackedMatrices | None = None
-        self._multiply_int8: GroupedMultiply | None = None
-        self._rows: QuantizedRows | None = None
+        # [P, in_features] -> [P, out_features], once it is laid out
+        self._multiply: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def lay_out(self) -> None:
         """Lays the matrix out for this device (model_shards.packing); once, after it was filled.
 
         Where there is a layout, `weight` has no elements afterwards.
         """
-        self._packed = pack(self.weight.data[None])
-        if self._packed is not None:
+        packed = pack(self.weight.data[None])
+        if packed is not None:
+            operand = packed.instructions.operand_dtype
+            self._multiply = lambda x: packed.multiply(x.to(operand), (x.shape[0],))
             release(self.weight)
 
     def lay_out_int8(self) -> None:
@@ -51,10 +53,11 @@ class FrozenLinear(nn.Module):
         """
         rows = quantize_matrices([self.weight.data], Quantization.INT8)
         release(self.weight)
-        if self._dtype is torch.bfloat16:
-            self._multiply_int8 = pack_int8(rows.values[None], rows.scale_inv[None])
-        if self._multiply_int8 is None:
-            self._rows = rows
+        multiply = pack_int8(rows.values[None], rows.scale_inv[None]) if self._dtype is torch.bfloat16 else None
+        if multiply is None:
+            self._multiply = lambda x: widened_product(x.to(self._dtype), rows).to(self._dtype)
+        else:
+            self._multiply = lambda x: multiply(x, (x.shape[0],))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features], in x's dtype."""
@@ -62,16 +65,7 @@ class FrozenLinear(nn.Module):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """As `forward`, in the dtype that the product has anyway: not narrower than x's."""
-        if self._packed is not None:
-            rows = x.reshape(-1, x.shape[-1]).to(self._packed.instructions.operand_dtype)
-            product = self._packed.multiply(rows, (rows.shape[0],))
-        elif self._multiply_int8 is not None:
-            rows = x.reshape(-1, x.shape[-1])
-            product = self._multiply_int8(rows, (rows.shape[0],))
-        elif self._rows is not None:
-            widened = F.linear(x.to(self._dtype), self._rows.values.to(self._dtype))
-            product = (widened.float() * self._rows.scale_inv).to(self._dtype)
-        else:
+        if self._multiply is None:
             return F.linear(x, self.weight, self.bias)
-        product = product.view(*x.shape[:-1], self._out_features)
+        product = self._multiply(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self._out_features)
         return product if self.bias is None else product.add_(self.bias)

@@ -13,6 +13,7 @@ A layout takes as many bytes as the matrix; it is opaque, and the matrix cannot 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -108,10 +109,6 @@ class PackedInt8:
         """For rows of these scales, [P] or [P, 1] float32."""
         return Scaling(self._zero_sums, self._scales, row_scales)
 
-    def call(self, x: Rows, row_scales: torch.Tensor, out: Rows, counts: int) -> Call:
-        """See `PackedMatrices.call`; x is of 8 bits, of these scales. Both tensors, and this, outlive the call."""
-        return self.matrices.call(x, out, counts, scaling=self.scaling(row_scales))
-
     @property
     def num_outputs(self) -> int:
         """O."""
@@ -126,3 +123,14 @@ class PackedInt8:
     def nbytes(self) -> int:
         """Bytes of all matrices, without what they are scaled by."""
         return self.matrices.nbytes
+
+
+Packed: TypeAlias = PackedMatrices | PackedInt8
+
+
+def product_call(weights: Packed, x: Rows, row_scales: torch.Tensor, out: Rows, counts: int) -> Call:
+    """See `PackedMatrices.call`. `row_scales` is what the rows of x are scaled by for weights of 8 bits, and must live
+    as long as the call too; others have no use for it."""
+    if isinstance(weights, PackedInt8):
+        return weights.matrices.call(x, out, counts, scaling=weights.scaling(row_scales))
+    return weights.call(x, out, counts)

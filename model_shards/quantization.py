@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
+import torch.nn.functional as F
 
 SCALE_SUFFIX = "_scale_inv"
 # The smallest normal float32: what a row of zeros is divided by.
@@ -55,6 +56,11 @@ def quantize_rows(weight: torch.Tensor, quantization: Quantization) -> Quantized
         raise ValueError("a value is not finite")
     scaled = wide.div_(scale_inv) if wide is not weight else wide / scale_inv
     return QuantizedRows(nearest_values(scaled, quantization), scale_inv[:, 0])
+
+
+def widened_product(x: torch.Tensor, rows: QuantizedRows) -> torch.Tensor:
+    """x W^T, [..., in] -> [..., rows] float32, with the matrix widened to x's dtype for the call and never held so."""
+    return F.linear(x, rows.values.to(x.dtype)).float() * rows.scale_inv
 
 
 def quantize_matrices(weights: Sequence[torch.Tensor], quantization: Quantization) -> QuantizedRows:

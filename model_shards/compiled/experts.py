@@ -16,17 +16,17 @@ import torch
 from model_shards.kernels import pairs, rows
 from model_shards.kernels.arena import Arena, Array
 from model_shards.kernels.builder import LANES
-from model_shards.kernels.grouped_product import PackedMatrices, Rows
+from model_shards.kernels.grouped_product import Rows
 from model_shards.kernels.program import Call, Program
-from model_shards.packing import PackedInt8
+from model_shards.packing import Packed, PackedInt8, product_call
 
 
 @dataclass(frozen=True)
 class LayerMatrices:
     """One layer's, laid out; both plain or both of 8 bits."""
 
-    gate_up: PackedMatrices | PackedInt8  # [E, 2I, H]
-    down: PackedMatrices | PackedInt8  # [E, H, I]
+    gate_up: Packed  # [E, 2I, H]
+    down: Packed  # [E, H, I]
 
 
 class CompiledExperts:
@@ -144,11 +144,9 @@ class CompiledExperts:
             for layer in self._layers
         ]
 
-    def _product(self, matrices: PackedMatrices | PackedInt8, x: str, scales: str, out: str) -> Call:
-        rows_in, rows_out, counts = Rows.of(self._pairs[x]), Rows.of(self._pairs[out]), self._counts[0].data_ptr()
-        if isinstance(matrices, PackedInt8):
-            return matrices.call(rows_in, self._pairs[scales], rows_out, counts)
-        return matrices.call(rows_in, rows_out, counts)
+    def _product(self, matrices: Packed, x: str, scales: str, out: str) -> Call:
+        rows_in, rows_out = Rows.of(self._pairs[x]), Rows.of(self._pairs[out])
+        return product_call(matrices, rows_in, self._pairs[scales], rows_out, self._counts[0].data_ptr())
 
     def _number(self, index: int) -> int:
         return ctypes.addressof(self._numbers) + 8 * index

@@ -16,7 +16,7 @@ import torch
 
 from model_shards.attention_plan import AttentionPlan
 from model_shards.batch import AttentionBatch
-from model_shards.compiled.layer import LayerWeights, Packed
+from model_shards.compiled.layer import LayerWeights
 from model_shards.config import ModelConfig
 from model_shards.kernels import decode_ir, rows
 from model_shards.kernels.arena import Arena, Array
@@ -27,7 +27,7 @@ from model_shards.kernels.program import Call, Program, float_bits
 from model_shards.kernels.routing import CHOICE_ARGUMENTS, SCORES_ARGUMENTS, choose_experts, gate_scores
 from model_shards.kv_cache import LatentKVCache
 from model_shards.norm import RMSNorm
-from model_shards.packing import PackedInt8
+from model_shards.packing import Packed, PackedInt8, product_call
 from model_shards.rope import attention_scale
 
 
@@ -370,10 +370,7 @@ class Lane:
         return [quantize, self._multiply(weights, Rows(self._at("operand"), size), out)]
 
     def _multiply(self, weights: Packed, x: Rows, out: str) -> Call:
-        to = Rows.of(self._tokens[out])
-        if isinstance(weights, PackedInt8):
-            return weights.call(x, self._tokens["operand_scales"], to, self._number(0))
-        return weights.call(x, to, self._number(0))
+        return product_call(weights, x, self._tokens["operand_scales"], Rows.of(self._tokens[out]), self._number(0))
 
     def _by_head(self, array: torch.Tensor, head_dim: int) -> Rows:
         """Rows of [..., N, head_dim] bfloat16, head for head."""

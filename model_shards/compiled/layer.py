@@ -5,7 +5,6 @@ Shapes: H hidden size, N heads, P qk_nope_head_dim, O qk_rope_head_dim, R kv_lor
 """
 
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 
@@ -21,11 +20,9 @@ from model_shards.mla import MultiHeadLatentAttention
 from model_shards.mlp import MLP
 from model_shards.moe import MoE
 from model_shards.norm import RMSNorm
-from model_shards.packing import PackedInt8
+from model_shards.packing import Packed, PackedInt8
 from model_shards.quantization import Quantization, quantize_matrices
 from model_shards.up_projection import PackedUpProjections, split_heads
-
-Packed: TypeAlias = PackedMatrices | PackedInt8
 
 
 @dataclass(frozen=True)
