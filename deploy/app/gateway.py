@@ -39,7 +39,9 @@ class ServeEngineClient:
     """
 
     def __init__(self, attention: DeploymentHandle, link: OutputLink) -> None:
-        self._run = attention.run
+        # Over gRPC: a millisecond less than an actor call. A handle calls as the process that bound the application had
+        # it when Serve was imported there, and `shoal serve` sets SERVE_ENVIRONMENT later.
+        self._run = attention.options(_by_reference=False).run
         self._link = link
         self._calls: set[asyncio.Future[None]] = set()  # the event loop alone would not keep them
 
