@@ -15,7 +15,7 @@ import torch
 from cluster.batch_builder import build_batch
 from cluster.limits import EngineLimits, check_request
 from cluster.micro_batches import MicroBatchChooser, StepKind, kind_of
-from cluster.prefill_budget import PrefillBudget
+from cluster.prefill_budget import Elsewhere, PrefillBudget
 from cluster.request import FinishReason, GenerationRequest, ReplicaLoad, StepOutput, TokenLogprob
 from cluster.scheduler import ScheduledChunk, Scheduler, split_micro_batches
 from cluster.sequence import Sequence
@@ -40,6 +40,7 @@ class StepModel(Protocol):
 
 # A step that is lost this often, without one that succeeds in between, is lost because of what it computes.
 _MAX_ATTEMPTS = 3
+_NOTHING_ELSEWHERE = Elsewhere()
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,18 @@ class ScheduledStep:
     chunks: tuple[ScheduledChunk, ...]  # at most one per sequence
     micro_batches: tuple[AttentionBatch, ...]  # exactly num_micro_batches, some possibly empty
     sampled: tuple[Sequence, ...]  # whose next token each row of logits gives, micro-batch by micro-batch
+    allowed_prefill: int | None = None  # prefill tokens of the cell that this replica's decodes bear; None: any number
+    has_prefill: bool = False  # whether there are prompts to compute, in this step or a later one
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all micro-batches."""
         return _num_tokens(self.chunks)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Those that are no decodes."""
+        return sum(chunk.num_tokens for chunk in self.chunks if not chunk.is_decode)
 
 
 @dataclass(frozen=True)
@@ -122,13 +130,22 @@ class Engine:
         """Whether a request waits or runs."""
         return bool(self._sequences)
 
-    def schedule(self) -> ScheduledStep:
+    def schedule(self, elsewhere: Elsewhere = _NOTHING_ELSEWHERE) -> ScheduledStep:
         """The next step; with no work it has 0 tokens and still takes part in every exchange when run.
 
+        `elsewhere` is what the other replicas told of the last one: it bounds the prefill tokens of this one.
         The step must be committed or abandoned before the next one is scheduled.
         """
         assert self._in_flight is None, "the last step was neither committed nor abandoned"
-        chunks = self._scheduler.schedule(None if self._prefill_budget is None else self._prefill_budget.tokens)
+        allowed: int | None = None
+
+        def most_beside(num_decodes: int) -> int | None:
+            nonlocal allowed
+            allowed = None if self._prefill_budget is None else self._prefill_budget.allowed(num_decodes)
+            return elsewhere.share_of(allowed)
+
+        has_prefill = self._scheduler.has_prefill
+        chunks = self._scheduler.schedule(most_beside)
         most = self._limits.num_micro_batches
         kind = _kind_of(chunks)
         count = most if self._chooser is None or kind is None else self._chooser.choose(kind, _num_tokens(chunks))
@@ -138,6 +155,8 @@ class Engine:
             chunks=chunks,
             micro_batches=tuple(build_batch(part, self._limits.block_size, self._device) for part in micro_batches),
             sampled=tuple(chunk.sequence for part in micro_batches for chunk in part if chunk.wants_logits),
+            allowed_prefill=allowed,
+            has_prefill=has_prefill,
         )
         self._in_flight = step
         return step
@@ -163,8 +182,13 @@ class Engine:
             tokens = sample(logits, rows)
         return SampledStep(tokens, self._clock() - begun)
 
-    def commit(self, step: ScheduledStep, sampled: SampledStep) -> list[StepOutput]:
-        """Makes the step's result final: one output per sequence that got a token and was not cancelled meanwhile."""
+    def commit(
+        self, step: ScheduledStep, sampled: SampledStep, elsewhere: Elsewhere = _NOTHING_ELSEWHERE
+    ) -> list[StepOutput]:
+        """Makes the step's result final: one output per sequence that got a token and was not cancelled meanwhile.
+
+        `elsewhere` is what the other replicas told of this step.
+        """
         assert self._in_flight is step, "only the step that was scheduled last can be committed"
         self._in_flight = None
         self._num_steps += 1
@@ -173,8 +197,11 @@ class Engine:
             count = sum(batch.num_tokens > 0 for batch in step.micro_batches)
             self._chooser.observe(kind, step.num_tokens, count, sampled.seconds)
         if self._prefill_budget is not None and step.chunks:
-            num_decodes = sum(chunk.is_decode for chunk in step.chunks)
-            self._prefill_budget.observe(num_decodes, step.num_tokens - num_decodes, sampled.seconds)
+            num_prefill_tokens = step.num_prefill_tokens + elsewhere.num_prefill_tokens
+            num_decodes = step.num_tokens - step.num_prefill_tokens
+            # Beside decodes of others alone, nothing is to be learned of either.
+            if num_decodes or elsewhere.allowed is None:
+                self._prefill_budget.observe(num_decodes, num_prefill_tokens, sampled.seconds)
         self._scheduler.commit(step.chunks)
         for chunk in step.chunks:
             chunk.sequence.num_lost_steps = 0

@@ -61,6 +61,11 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def has_prefill(self) -> bool:
+        """Whether a sequence waits, or runs and has prompt tokens to compute."""
+        return bool(self._waiting) or any(not sequence.is_decoding for sequence in self._running)
+
+    @property
     def num_free_blocks(self) -> int:
         """Blocks that no sequence holds."""
         return self._blocks.num_free_blocks

@@ -2,7 +2,9 @@
 
 One row of int64 per rank, gathered through shared memory, or over the control group (gloo, CPU):
 
-    [ epoch | ends | tokens of micro-batch 0 | 1 | 2 ]        expert ranks send zero tokens
+    [ epoch | flags | prefill tokens | allowed ones, or -1 | tokens of micro-batch 0 | 1 | 2 ]
+
+Expert ranks send zero tokens and allow any number.
 
 All ranks see all rows, so all ranks decide alike: run, fall idle, or end the epoch.
 """
@@ -17,12 +19,16 @@ import torch.distributed as dist
 from cluster.dispatch.base import StepPlan
 from cluster.limits import MAX_MICRO_BATCHES
 from cluster.membership import Membership
+from cluster.prefill_budget import Elsewhere
 from cluster.process_group import EpochGroups
 from cluster.shm.mesh import Mesh
 from cluster.topology import Role, Topology
 from model_shards.errors import EpochAbortedError
 
-_FIELDS = 2 + MAX_MICRO_BATCHES
+_BEFORE_TOKENS = 4
+_FIELDS = _BEFORE_TOKENS + MAX_MICRO_BATCHES
+_ANY_NUMBER = -1
+_ENDS, _HAS_PREFILL = 1, 2  # flags
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,9 @@ class StepHeader:
     epoch: int
     tokens: tuple[int, ...]  # per micro-batch; at most MAX_MICRO_BATCHES
     ends: bool  # this rank wants the epoch to end at this step boundary
+    num_prefill_tokens: int = 0  # of them all
+    has_prefill: bool = False  # in this step or a later one
+    allowed_prefill: int | None = None  # prefill tokens of the cell that this rank's decodes bear (PrefillBudget)
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,19 @@ class AgreedStep:
 
     plan: StepPlan
     ends: bool
+    num_prefill_tokens: tuple[int, ...] = ()  # by attention rank
+    has_prefill: tuple[bool, ...] = ()
+    allowed_prefill: tuple[int | None, ...] = ()
+
+    def elsewhere(self, attention_rank: int) -> Elsewhere:
+        """What the other attention ranks told."""
+        others = [rank for rank in range(len(self.num_prefill_tokens)) if rank != attention_rank]
+        bounds = [bound for rank in others if (bound := self.allowed_prefill[rank]) is not None]
+        return Elsewhere(
+            min(bounds, default=None),
+            sum(self.num_prefill_tokens[rank] for rank in others),
+            sum(self.has_prefill[rank] for rank in others),
+        )
 
     @property
     def idle(self) -> bool:
@@ -57,8 +79,15 @@ def agree(rows: list[list[int]], epoch: int, topology: Topology, num_micro_batch
             raise EpochAbortedError(
                 f"rank {topology.name(global_rank)} sent a step header of epoch {row[0]} into epoch {epoch}"
             )
-    tokens = tuple(tuple(row[2 : 2 + num_micro_batches]) for row in rows[: topology.num_attention])
-    return AgreedStep(StepPlan(epoch, tokens), ends=any(row[1] for row in rows))
+    attention = rows[: topology.num_attention]
+    tokens = tuple(tuple(row[_BEFORE_TOKENS : _BEFORE_TOKENS + num_micro_batches]) for row in attention)
+    return AgreedStep(
+        StepPlan(epoch, tokens),
+        ends=any(row[1] & _ENDS for row in rows),
+        num_prefill_tokens=tuple(row[2] for row in attention),
+        has_prefill=tuple(bool(row[1] & _HAS_PREFILL) for row in attention),
+        allowed_prefill=tuple(None if row[3] == _ANY_NUMBER else row[3] for row in attention),
+    )
 
 
 class HeaderExchange:
@@ -89,7 +118,10 @@ class HeaderExchange:
         """
         padded = [*header.tokens, *([0] * (MAX_MICRO_BATCHES - len(header.tokens)))]
         try:
-            rows = self._gather([header.epoch, int(header.ends), *padded], 1 + self._missed)
+            allowed = _ANY_NUMBER if header.allowed_prefill is None else header.allowed_prefill
+            flags = header.ends * _ENDS | header.has_prefill * _HAS_PREFILL
+            row = [header.epoch, flags, header.num_prefill_tokens, allowed, *padded]
+            rows = self._gather(row, 1 + self._missed)
         except (RuntimeError, OSError) as error:
             raise EpochAbortedError(f"the step header exchange of epoch {header.epoch} failed: {error}") from error
         agreed = agree(rows, header.epoch, self._topology, self._num_micro_batches)

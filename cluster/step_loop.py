@@ -13,6 +13,7 @@ from cluster.engine import Engine, ScheduledStep
 from cluster.epoch_session import EpochSession, LeaveFlag, open_session
 from cluster.logs import log_event
 from cluster.membership import Membership
+from cluster.prefill_budget import Elsewhere
 from cluster.request import GenerationRequest, ReplicaLoad, StepOutput
 from cluster.step_header import AgreedStep, StepHeader
 from model_shards.config import ModelConfig
@@ -64,6 +65,8 @@ class StepLoop:
         self._leave = LeaveFlag()
         self._ring: Callable[[], None] | None = None
         self._load = engine.load()
+        self._attention_rank = 0
+        self._elsewhere = Elsewhere()  # as of the last step header
 
     def submit(self, request: GenerationRequest) -> None:
         """Hands a request to the engine at the next step boundary."""
@@ -93,6 +96,8 @@ class StepLoop:
         `on_joined` is told whether all ranks are on this host.
         """
         num_moe_layers = len(self._config.moe_layers)
+        # Attention ranks come first.
+        self._attention_rank, self._elsewhere = global_rank, Elsewhere()
         with open_session(
             membership,
             global_rank,
@@ -121,10 +126,19 @@ class StepLoop:
         if rejections:
             # At once: whether the step below succeeds is nothing to them.
             self._on_events(StepEvents((), tuple(rejections)))
-        step = self._engine.schedule()
+        step = self._engine.schedule(self._elsewhere)
         try:
             tokens = tuple(batch.num_tokens for batch in step.micro_batches)
-            agreed = session.headers.exchange(StepHeader(session.membership.epoch, tokens, self._leave.asked()))
+            header = StepHeader(
+                session.membership.epoch,
+                tokens,
+                self._leave.asked(),
+                step.num_prefill_tokens,
+                step.has_prefill,
+                step.allowed_prefill,
+            )
+            agreed = session.headers.exchange(header)
+            self._elsewhere = agreed.elsewhere(self._attention_rank)
             outputs = self._run(step, agreed, dispatcher)
         except BaseException:
             self._engine.abandon(step)
@@ -150,7 +164,7 @@ class StepLoop:
             if failed:
                 self._on_events(StepEvents(tuple(failed), ()))
             raise
-        return self._engine.commit(step, sampled)
+        return self._engine.commit(step, sampled, self._elsewhere)
 
     def _drain_inbox(self) -> list[Rejection]:
         rejections: list[Rejection] = []

@@ -36,7 +36,7 @@ def shard(model: Path, out: Path, quantize: str | None) -> None:
     """Cut a checkpoint by role and expert, so that each rank reads whole files of its own.
 
     Writes attention-*.safetensors, one expert-*.safetensors an expert, the files beside the weights, and shoal.json
-    with a SHA-256 of every tensor, which a rank checks while it loads. Memory stays small whatever the checkpoint's
+    with a sum of every tensor, which a rank checks while it loads. Memory stays small whatever the checkpoint's
     size. Stopped or killed, the same command goes on where it was. Without --quantize the result is a Hugging Face
     checkpoint as before, in other files.
 

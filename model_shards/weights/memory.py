@@ -50,14 +50,21 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def container_memory() -> int | None:
-    """Bytes left under the memory limit of cgroup v2; None without one."""
+    """Bytes left under the memory limit of cgroup v2; None without one.
+
+    Pages of files count as used there, those of a checkpoint that was read as well; the kernel takes them back first.
+    """
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()
         used = int((_CGROUP / "memory.current").read_text())
+        statistics = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
     except FileNotFoundError:
         # The root group has no limit, and cgroup v1 no such file.
         return None
-    return None if limit == "max" else max(0, int(limit) - used)
+    if limit == "max":
+        return None
+    of_files = sum(int(statistics.get(name, 0)) for name in ("inactive_file", "active_file"))
+    return min(int(limit), max(0, int(limit) - used + of_files))
 
 
 def _system_memory() -> int | None:

@@ -106,8 +106,14 @@ def test_a_slice_larger_than_a_gpu_is_refused():
 def test_a_containers_limit_counts_as_the_machines_memory(tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text(f"{GIB}\n")
     (tmp_path / "memory.current").write_text(f"{GIB - 4096}\n")
+    (tmp_path / "memory.stat").write_text("anon 900000000\nfile 0\ninactive_file 0\nactive_file 0\n")
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     assert inspect_machine("cpu") == Machine(memory=4096)
+    # A checkpoint that was read lies in the page cache, and the kernel gives that up.
+    (tmp_path / "memory.stat").write_text("anon 900000000\ninactive_file 65536\nactive_file 8192\n")
+    assert inspect_machine("cpu") == Machine(memory=4096 + 65536 + 8192)
+    (tmp_path / "memory.stat").write_text(f"inactive_file {2 * GIB}\n")
+    assert inspect_machine("cpu") == Machine(memory=GIB)
     (tmp_path / "memory.max").write_text("max\n")
     assert inspect_machine("cpu").memory > 4096
     monkeypatch.setattr(memory, "_CGROUP", tmp_path / "none")
