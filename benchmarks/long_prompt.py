@@ -3,7 +3,8 @@ computed, with and without `engine.max_decode_slowdown`.
 
 python -m benchmarks.long_prompt --model DIR --streams 8 --prompt 8192
 
-Prints one line of JSON a run. A token's time is that since the stream's last one, as the front end sees it.
+With more than one attention rank (--attention) the streams run on another than the prompt. Prints one line of JSON a
+run. A token's time is that since the stream's last one, as the front end sees it.
 """
 
 import dataclasses
@@ -27,14 +28,17 @@ _SHORT_PROMPT = 64
 _SETTLED = 24  # tokens of each stream before the prompt comes: enough for what a step takes to be known
 
 
-def measure(cell: Cell, streams: int, prompt: int, output: int, vocab_size: int) -> dict[str, float]:
-    """Medians and 95th percentiles in ms, and seconds until the prompt's first token."""
+def measure(cell: Cell, last_replica: int, streams: int, prompt: int, output: int, vocab_size: int) -> dict[str, float]:
+    """Medians and 95th percentiles in ms, and seconds until the prompt's first token.
 
-    def submit(name: str, tokens: tuple[int, ...], count: int) -> None:
-        cell.submit(0, GenerationRequest(name, tokens, count, SamplingParams(0.0), ignore_eos=True))
+    The streams run on the last replica, the prompt on the first.
+    """
+
+    def submit(replica: int, name: str, tokens: tuple[int, ...], count: int) -> None:
+        cell.submit(replica, GenerationRequest(name, tokens, count, SamplingParams(0.0), ignore_eos=True))
 
     for index, tokens in enumerate(Workload(streams, _SHORT_PROMPT, output).prompts(vocab_size)):
-        submit(f"stream-{index}", tokens, output)
+        submit(last_replica, f"stream-{index}", tokens, output)
     last: dict[str, float] = {}
     seen: dict[str, int] = {}
     before: list[float] = []
@@ -57,7 +61,7 @@ def measure(cell: Cell, streams: int, prompt: int, output: int, vocab_size: int)
                 during.append(now - last[name])
         last[name] = now
         if not sent and len(seen) == streams and min(seen.values()) >= _SETTLED:
-            submit("long", Workload(1, prompt, 1).prompts(vocab_size)[0], 1)
+            submit(0, "long", Workload(1, prompt, 1).prompts(vocab_size)[0], 1)
             sent = time.perf_counter()
     milliseconds = {
         f"{name}_{what}_ms": round(value * 1e3, 1)
@@ -101,7 +105,7 @@ def main(
             ),
         )
         with Cell(dataclasses.replace(spec, limits=limits)) as cell:
-            figures = measure(cell, streams, prompt, output, vocab_size)
+            figures = measure(cell, attention - 1, streams, prompt, output, vocab_size)
         click.echo(
             json.dumps({"max_decode_slowdown": slowdown or None, "streams": streams, "prompt": prompt} | figures)
         )

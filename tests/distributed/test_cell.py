@@ -54,8 +54,8 @@ def serve_all(cell, num_attention, expected, after_outputs):
         pytest.param(
             2,
             4,
-            {"num_micro_batches": 3, "max_num_batched_tokens": 17, "max_num_seqs": 16},
-            id="2-4-three-small-chunks",
+            {"num_micro_batches": 3, "max_num_batched_tokens": 17, "max_num_seqs": 16, "max_decode_slowdown": 1.2},
+            id="2-4-three-small-chunks-bounded-prefills",
         ),
     ],
 )
@@ -68,7 +68,7 @@ def test_greedy_tokens_of_16_concurrent_prompts_equal_transformers(expected, num
 @pytest.mark.parametrize(
     ("num_attention", "num_expert", "limits"),
     [
-        pytest.param(3, 2, {"num_blocks": 20}, id="3-2"),
+        pytest.param(3, 2, {"num_blocks": 20, "max_decode_slowdown": 1.2}, id="3-2-bounded-prefills"),
         pytest.param(
             1,
             2,
