@@ -16,7 +16,7 @@ import click
 from benchmarks.workloads import WORKLOADS, Timing, Workload
 from cluster.cell import Cell
 from cluster.limits import MAX_MICRO_BATCHES, EngineLimits
-from cluster.request import GenerationRequest
+from cluster.request import GenerationRequest, StepOutput
 from cluster.spec import CellSpec
 from cluster.topology import Topology
 from model_shards.config import load_model_config
@@ -45,6 +45,18 @@ def run_workload(cell: Cell, num_attention: int, workload: Workload, vocab_size:
             if not left:
                 break
     return Timing(time.perf_counter() - begun, prefilled - begun)
+
+
+def first_token(cell: Cell, name: str, prompt: tuple[int, ...], output_tokens: int) -> tuple[float, StepOutput]:
+    """Seconds to the first output of a request to the first replica, and that output; it is then read to its end."""
+    begun = time.perf_counter()
+    cell.submit(0, GenerationRequest(name, prompt, output_tokens, SamplingParams(0.0), ignore_eos=True))
+    first: tuple[float, StepOutput] | None = None
+    for output in cell.outputs(_TIMEOUT_S):
+        first = first or (time.perf_counter() - begun, output)
+        if output.finish_reason is not None:
+            return first
+    raise AssertionError("outputs end only by an exception")
 
 
 def cell_spec(

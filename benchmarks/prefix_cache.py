@@ -11,30 +11,17 @@ import dataclasses
 import json
 import random
 import statistics
-import time
 from pathlib import Path
 
 import click
 
-from benchmarks.engine import cell_spec
+from benchmarks.engine import cell_spec, first_token
 from benchmarks.workloads import Workload
 from cluster.cell import Cell
-from cluster.request import GenerationRequest
 from cluster.topology import Topology
 from model_shards.config import load_model_config
-from model_shards.sampling import SamplingParams
 
-_TIMEOUT_S = 240.0
 _QUESTION = 16  # tokens
-
-
-def first_token(cell: Cell, name: str, prompt: tuple[int, ...]) -> tuple[float, int]:
-    """Seconds to the first token, and the prompt's tokens that the cache had."""
-    begun = time.perf_counter()
-    cell.submit(0, GenerationRequest(name, prompt, 1, SamplingParams(0.0), ignore_eos=True))
-    for output in cell.outputs(_TIMEOUT_S):
-        return time.perf_counter() - begun, output.num_cached_tokens
-    raise AssertionError("outputs end only by an exception")
 
 
 def measure(cell: Cell, prompt: int, rounds: int, vocab_size: int) -> dict[str, float]:
@@ -48,9 +35,10 @@ def measure(cell: Cell, prompt: int, rounds: int, vocab_size: int) -> dict[str, 
     num_cached = 0
     for number in range(rounds + 1):
         system = tokens(prompt)
-        first, _ = first_token(cell, f"first-{number}", system + tokens(_QUESTION))
-        repeated, num_cached = first_token(cell, f"repeated-{number}", system + tokens(_QUESTION))
-        question, _ = first_token(cell, f"question-{number}", tokens(_QUESTION))
+        first, _ = first_token(cell, f"first-{number}", system + tokens(_QUESTION), 1)
+        repeated, output = first_token(cell, f"repeated-{number}", system + tokens(_QUESTION), 1)
+        question, _ = first_token(cell, f"question-{number}", tokens(_QUESTION), 1)
+        num_cached = output.num_cached_tokens
         if number:
             for name, value in zip(seconds, (first, repeated, question), strict=True):
                 seconds[name].append(value)

@@ -19,17 +19,15 @@ import click
 import grpc
 import psutil
 
-from benchmarks.engine import cell_spec, run_workload
+from benchmarks.engine import cell_spec, first_token, run_workload
 from benchmarks.workloads import Timing, Workload
 from cluster.cell import Cell
-from cluster.request import GenerationRequest
 from cluster.spec import CellSpec
 from cluster.topology import Topology
 from deploy.gateway import inference_pb2 as pb
 from deploy.gateway.inference_pb2_grpc import InferenceStub
 from deploy.models import default_model_directory
 from model_shards.config import load_model_config
-from model_shards.sampling import SamplingParams
 from tests.serving import running_service
 
 _FIRST = Workload(1, 32, 2)  # of which the first token is timed
@@ -89,18 +87,6 @@ def _request(prompt: tuple[int, ...], output_tokens: int) -> pb.CompletionReques
     )
 
 
-def engine_first_token(cell: Cell, prompt: tuple[int, ...], output_tokens: int, name: str) -> float:
-    """The same without a service."""
-    begun = time.perf_counter()
-    cell.submit(0, GenerationRequest(name, prompt, output_tokens, SamplingParams(0.0), ignore_eos=True))
-    first = 0.0
-    for output in cell.outputs(_TIMEOUT_S):
-        first = first or time.perf_counter() - begun
-        if output.finish_reason is not None:
-            return first
-    raise AssertionError("outputs end only by an exception")
-
-
 def settings_of(spec: CellSpec) -> list[str]:
     """The arguments of a `shoal serve` with the same cell."""
     limits = spec.limits
@@ -150,7 +136,7 @@ async def measure(
             chunks.append(service.num_chunks / total)
         firsts: dict[str, list[float]] = defaultdict(list)
         for number, prompt in enumerate(Workload(first_rounds, _FIRST.prompt_tokens, 1).prompts(vocab_size)):
-            firsts["engine"].append(engine_first_token(cell, prompt, _FIRST.output_tokens, f"first-{number}"))
+            firsts["engine"].append(first_token(cell, f"first-{number}", prompt, _FIRST.output_tokens)[0])
             firsts["service"].append(await service.first_token(prompt, _FIRST.output_tokens))
     rate = {side: statistics.median(values) for side, values in rates.items()}
     first = {side: statistics.median(values) for side, values in firsts.items()}

@@ -15,7 +15,7 @@ import torch
 from cluster.batch_builder import build_batch
 from cluster.limits import EngineLimits, check_request
 from cluster.micro_batches import MicroBatchChooser, StepKind, kind_of
-from cluster.prefill_budget import Elsewhere, PrefillBudget
+from cluster.prefill_budget import NOTHING_ELSEWHERE, Elsewhere, PrefillBudget
 from cluster.request import FinishReason, GenerationRequest, ReplicaLoad, StepOutput, TokenLogprob
 from cluster.scheduler import ScheduledChunk, Scheduler, split_micro_batches
 from cluster.sequence import Sequence
@@ -40,7 +40,6 @@ class StepModel(Protocol):
 
 # A step that is lost this often, without one that succeeds in between, is lost because of what it computes.
 _MAX_ATTEMPTS = 3
-_NOTHING_ELSEWHERE = Elsewhere()
 
 
 @dataclass(frozen=True)
@@ -130,22 +129,15 @@ class Engine:
         """Whether a request waits or runs."""
         return bool(self._sequences)
 
-    def schedule(self, elsewhere: Elsewhere = _NOTHING_ELSEWHERE) -> ScheduledStep:
+    def schedule(self, elsewhere: Elsewhere = NOTHING_ELSEWHERE) -> ScheduledStep:
         """The next step; with no work it has 0 tokens and still takes part in every exchange when run.
 
         `elsewhere` is what the other replicas told of the last one: it bounds the prefill tokens of this one.
         The step must be committed or abandoned before the next one is scheduled.
         """
         assert self._in_flight is None, "the last step was neither committed nor abandoned"
-        allowed: int | None = None
-
-        def most_beside(num_decodes: int) -> int | None:
-            nonlocal allowed
-            allowed = None if self._prefill_budget is None else self._prefill_budget.allowed(num_decodes)
-            return elsewhere.share_of(allowed)
-
         has_prefill = self._scheduler.has_prefill
-        chunks = self._scheduler.schedule(most_beside)
+        chunks = self._scheduler.schedule(lambda decodes: elsewhere.share_of(self._allowed_prefill(decodes)))
         most = self._limits.num_micro_batches
         kind = _kind_of(chunks)
         count = most if self._chooser is None or kind is None else self._chooser.choose(kind, _num_tokens(chunks))
@@ -155,7 +147,7 @@ class Engine:
             chunks=chunks,
             micro_batches=tuple(build_batch(part, self._limits.block_size, self._device) for part in micro_batches),
             sampled=tuple(chunk.sequence for part in micro_batches for chunk in part if chunk.wants_logits),
-            allowed_prefill=allowed,
+            allowed_prefill=self._allowed_prefill(sum(chunk.is_decode for chunk in chunks)),
             has_prefill=has_prefill,
         )
         self._in_flight = step
@@ -183,7 +175,7 @@ class Engine:
         return SampledStep(tokens, self._clock() - begun)
 
     def commit(
-        self, step: ScheduledStep, sampled: SampledStep, elsewhere: Elsewhere = _NOTHING_ELSEWHERE
+        self, step: ScheduledStep, sampled: SampledStep, elsewhere: Elsewhere = NOTHING_ELSEWHERE
     ) -> list[StepOutput]:
         """Makes the step's result final: one output per sequence that got a token and was not cancelled meanwhile.
 
@@ -197,11 +189,8 @@ class Engine:
             count = sum(batch.num_tokens > 0 for batch in step.micro_batches)
             self._chooser.observe(kind, step.num_tokens, count, sampled.seconds)
         if self._prefill_budget is not None and step.chunks:
-            num_prefill_tokens = step.num_prefill_tokens + elsewhere.num_prefill_tokens
             num_decodes = step.num_tokens - step.num_prefill_tokens
-            # Beside decodes of others alone, nothing is to be learned of either.
-            if num_decodes or elsewhere.allowed is None:
-                self._prefill_budget.observe(num_decodes, num_prefill_tokens, sampled.seconds)
+            self._prefill_budget.observe(num_decodes, step.num_prefill_tokens, sampled.seconds, elsewhere)
         self._scheduler.commit(step.chunks)
         for chunk in step.chunks:
             chunk.sequence.num_lost_steps = 0
@@ -257,6 +246,9 @@ class Engine:
         assert len(known) == self._scheduler.num_waiting + self._scheduler.num_running, "a sequence is lost"
         assert self._statistics.keys() <= known, "statistics of a sequence that ended"
         assert self._in_flight is not None or not self._cancelled, "a cancelled sequence outlived its step"
+
+    def _allowed_prefill(self, num_decodes: int) -> int | None:
+        return None if self._prefill_budget is None else self._prefill_budget.allowed(num_decodes)
 
     def _row(self, sequence: Sequence) -> SamplingRow:
         if sequence not in self._statistics and has_penalty(sequence.request.sampling):

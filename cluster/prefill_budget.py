@@ -41,6 +41,9 @@ class Elsewhere:
         return min(least, max(_FEWEST_TOKENS, least // (1 + self.num_prefilling)))
 
 
+NOTHING_ELSEWHERE = Elsewhere()
+
+
 class PrefillBudget:
     """Learns from steps that were committed what the next one may hold."""
 
@@ -64,10 +67,14 @@ class PrefillBudget:
         room = (self._slowdown - 1) * self._seconds_alone(kind)
         return max(_FEWEST_TOKENS, int(room / statistics.median(self._per_token)))
 
-    def observe(self, num_decodes: int, num_prefill_tokens: int, seconds: float) -> None:
-        """What a committed step with so many decodes of this replica and prefill tokens of the cell took, above 0."""
+    def observe(
+        self, num_decodes: int, num_prefill_tokens: int, seconds: float, elsewhere: Elsewhere = NOTHING_ELSEWHERE
+    ) -> None:
+        """What a committed step with so many of both on this replica took, above 0; `elsewhere` is of the same step."""
+        num_prefill_tokens += elsewhere.num_prefill_tokens
         if not num_decodes:
-            if num_prefill_tokens >= _FEWEST_MEASURED:
+            # Beside decodes of others nothing is learned of what prefills cost by themselves.
+            if elsewhere.allowed is None and num_prefill_tokens >= _FEWEST_MEASURED:
                 self._per_token.append(seconds / num_prefill_tokens)
             return
         kind = num_decodes.bit_length()

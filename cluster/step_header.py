@@ -42,6 +42,13 @@ class StepHeader:
     has_prefill: bool = False  # in this step or a later one
     allowed_prefill: int | None = None  # prefill tokens of the cell that this rank's decodes bear (PrefillBudget)
 
+    def row(self) -> list[int]:
+        """As it is sent; `agree` reads it."""
+        allowed = _ANY_NUMBER if self.allowed_prefill is None else self.allowed_prefill
+        flags = self.ends * _ENDS | self.has_prefill * _HAS_PREFILL
+        unused = [0] * (MAX_MICRO_BATCHES - len(self.tokens))
+        return [self.epoch, flags, self.num_prefill_tokens, allowed, *self.tokens, *unused]
+
 
 @dataclass(frozen=True)
 class AgreedStep:
@@ -49,9 +56,9 @@ class AgreedStep:
 
     plan: StepPlan
     ends: bool
-    num_prefill_tokens: tuple[int, ...] = ()  # by attention rank
-    has_prefill: tuple[bool, ...] = ()
-    allowed_prefill: tuple[int | None, ...] = ()
+    num_prefill_tokens: tuple[int, ...]  # by attention rank
+    has_prefill: tuple[bool, ...]
+    allowed_prefill: tuple[int | None, ...]
 
     def elsewhere(self, attention_rank: int) -> Elsewhere:
         """What the other attention ranks told."""
@@ -116,12 +123,8 @@ class HeaderExchange:
 
         Raises EpochAbortedError when a rank is lost, late, or in another epoch.
         """
-        padded = [*header.tokens, *([0] * (MAX_MICRO_BATCHES - len(header.tokens)))]
         try:
-            allowed = _ANY_NUMBER if header.allowed_prefill is None else header.allowed_prefill
-            flags = header.ends * _ENDS | header.has_prefill * _HAS_PREFILL
-            row = [header.epoch, flags, header.num_prefill_tokens, allowed, *padded]
-            rows = self._gather(row, 1 + self._missed)
+            rows = self._gather(header.row(), 1 + self._missed)
         except (RuntimeError, OSError) as error:
             raise EpochAbortedError(f"the step header exchange of epoch {header.epoch} failed: {error}") from error
         agreed = agree(rows, header.epoch, self._topology, self._num_micro_batches)

@@ -13,7 +13,7 @@ from cluster.engine import Engine, ScheduledStep
 from cluster.epoch_session import EpochSession, LeaveFlag, open_session
 from cluster.logs import log_event
 from cluster.membership import Membership
-from cluster.prefill_budget import Elsewhere
+from cluster.prefill_budget import NOTHING_ELSEWHERE
 from cluster.request import GenerationRequest, ReplicaLoad, StepOutput
 from cluster.step_header import AgreedStep, StepHeader
 from model_shards.config import ModelConfig
@@ -65,8 +65,7 @@ class StepLoop:
         self._leave = LeaveFlag()
         self._ring: Callable[[], None] | None = None
         self._load = engine.load()
-        self._attention_rank = 0
-        self._elsewhere = Elsewhere()  # as of the last step header
+        self._elsewhere = NOTHING_ELSEWHERE  # as of the last step header
 
     def submit(self, request: GenerationRequest) -> None:
         """Hands a request to the engine at the next step boundary."""
@@ -96,8 +95,7 @@ class StepLoop:
         `on_joined` is told whether all ranks are on this host.
         """
         num_moe_layers = len(self._config.moe_layers)
-        # Attention ranks come first.
-        self._attention_rank, self._elsewhere = global_rank, Elsewhere()
+        self._elsewhere = NOTHING_ELSEWHERE
         with open_session(
             membership,
             global_rank,
@@ -115,12 +113,12 @@ class StepLoop:
                 on_joined(session.groups.mesh is not None)
                 place = membership.topology.name(global_rank)
                 log_event(logger, "epoch joined", epoch=membership.epoch, place=place)
-                while not self._step(session, dispatcher):
+                while not self._step(session, dispatcher, global_rank):
                     pass
             finally:
                 self._ring = None
 
-    def _step(self, session: EpochSession, dispatcher: AttentionDispatcher) -> bool:
+    def _step(self, session: EpochSession, dispatcher: AttentionDispatcher, global_rank: int) -> bool:
         """One step; whether the epoch ends here."""
         rejections = self._drain_inbox()
         if rejections:
@@ -138,7 +136,7 @@ class StepLoop:
                 step.allowed_prefill,
             )
             agreed = session.headers.exchange(header)
-            self._elsewhere = agreed.elsewhere(self._attention_rank)
+            self._elsewhere = agreed.elsewhere(global_rank)
             outputs = self._run(step, agreed, dispatcher)
         except BaseException:
             self._engine.abandon(step)

@@ -7,7 +7,7 @@ import pytest
 from cluster.engine import Engine, ScheduledStep
 from cluster.limits import EngineLimits
 from cluster.request import GenerationRequest
-from cluster.step_header import AgreedStep, agree
+from cluster.step_header import AgreedStep, StepHeader, agree
 from cluster.topology import Topology
 from model_shards.sampling import SamplingParams
 from tests.fakes import FakeModel, FakeRouted, fake_cache, fake_config
@@ -39,11 +39,12 @@ def step_together(engines: list[Engine], last: AgreedStep | None) -> tuple[list[
         engine.schedule() if last is None else engine.schedule(last.elsewhere(rank))
         for rank, engine in enumerate(engines)
     ]
-    rows = []
-    for step in steps:
-        allowed = -1 if step.allowed_prefill is None else step.allowed_prefill
-        rows.append([1, 2 * step.has_prefill, step.num_prefill_tokens, allowed, step.num_tokens, 0, 0])
-    agreed = agree([*rows, [1, 0, 0, -1, 0, 0, 0]], 1, Topology(len(engines), 1), 1)
+    headers = [
+        StepHeader(1, (step.num_tokens,), False, step.num_prefill_tokens, step.has_prefill, step.allowed_prefill)
+        for step in steps
+    ]
+    headers.append(StepHeader(1, (0,), False))  # of the expert rank
+    agreed = agree([header.row() for header in headers], 1, Topology(len(engines), 1), 1)
     seconds = SECONDS_A_STEP + SECONDS_A_TOKEN * sum(step.num_prefill_tokens for step in steps)
     for rank, (engine, step) in enumerate(zip(engines, steps, strict=True)):
         if step.num_tokens:
