@@ -11,7 +11,7 @@ from cluster.dispatch.base import StepPlan
 from cluster.dispatch.compiled_rows import CompiledPack, CompiledSum, can_sum
 from cluster.dispatch.layout import DispatchSegments, RowShape, local_id_table, pack_rows, sum_rows
 from cluster.dispatch.order import Direction, Exchange
-from cluster.dispatch.transport import BufferPool, Flight, Lane, Link
+from cluster.dispatch.transport import BufferPool, Carrier, Lane, Link
 from cluster.topology import Topology
 from model_shards.placement import ExpertPlacement
 from model_shards.routed import PendingCombine, RoutedExperts
@@ -22,8 +22,8 @@ class _Slot:
     """Where one micro-batch lives during a step. Its rows of one layer are back before the next layer's leave."""
 
     num_tokens: int  # T of this rank
-    dispatch: Lane
-    combine: Lane
+    dispatch: Carrier
+    combine: Carrier
     outgoing: DispatchSegments | None  # None when T = 0
     returning: torch.Tensor | None  # [N, T, H]
 
@@ -74,11 +74,16 @@ class LockstepAttentionDispatcher:
         self._shape = shape
         self._tables = ExpertTables(placement, device)
         self._pool = BufferPool(device)
+        self._plan: StepPlan | None = None
         self._slots: dict[int, _Slot] = {}
 
     def begin_step(self, plan: StepPlan) -> None:
         """See `AttentionDispatcher`."""
+        if plan == self._plan:
+            return  # as most steps of decodes are
+        self._plan = None  # until there is room for it
         self._slots = {index: self._slot(plan, index) for index in plan.active_micro_batches}
+        self._plan = plan
 
     def routed(self, micro_batch: int) -> RoutedExperts | None:
         """See `AttentionDispatcher`."""
@@ -107,8 +112,8 @@ class LockstepAttentionDispatcher:
             returning = self._shape.combine_segments(back, num_tokens, num_shards)
         return _Slot(
             num_tokens=num_tokens,
-            dispatch=Lane(out, empty, none_to_attention + [out_bytes] * num_shards, nothing),
-            combine=Lane(empty, back, nothing, none_to_attention + [back_bytes] * num_shards),
+            dispatch=self._link.carrier(Lane(out, empty, none_to_attention + [out_bytes] * num_shards, nothing)),
+            combine=self._link.carrier(Lane(empty, back, nothing, none_to_attention + [back_bytes] * num_shards)),
             outgoing=outgoing,
             returning=returning,
         )
@@ -131,33 +136,28 @@ class _Routed:
         assert hidden.shape[0] == slot.num_tokens, "the micro-batch differs from the plan of the step"
         if slot.outgoing is not None:
             self._tables.pack(hidden, topk_ids, topk_weights, slot.outgoing)
-        flight = self._link.post(Exchange(Direction.DISPATCH, layer, self._micro_batch), slot.dispatch)
-        combine = Exchange(Direction.COMBINE, layer, self._micro_batch)
-        return _Away(self._link, self._tables, combine, slot, flight, hidden)
+        dispatch = Exchange(Direction.DISPATCH, layer, self._micro_batch)
+        self._link.start(dispatch, slot.dispatch)
+        return _Away(self._link, self._tables, dispatch, slot, hidden)
 
 
 class _Away:
     """`PendingCombine` of one layer and micro-batch."""
 
     def __init__(
-        self,
-        link: Link,
-        tables: ExpertTables,
-        combine: Exchange,
-        slot: _Slot,
-        dispatched: Flight,
-        hidden: torch.Tensor,
+        self, link: Link, tables: ExpertTables, dispatched: Exchange, slot: _Slot, hidden: torch.Tensor
     ) -> None:
         self._link = link
         self._tables = tables
-        self._combine = combine
-        self._slot = slot
         self._dispatched = dispatched
+        self._slot = slot
         self._hidden = hidden
 
     def wait(self) -> torch.Tensor:
-        """See `PendingCombine`. Posts the combine here, not earlier: that is its place in the order."""
-        self._dispatched.wait()
-        self._link.post(self._combine, self._slot.combine).wait()
-        returning = self._slot.returning
-        return torch.empty_like(self._hidden) if returning is None else self._tables.add_up(returning)
+        """See `PendingCombine`. Starts the combine here, not earlier: that is its place in the order."""
+        slot = self._slot
+        self._link.end(self._dispatched, slot.dispatch)
+        combine = Exchange(Direction.COMBINE, self._dispatched.layer, self._dispatched.micro_batch)
+        self._link.start(combine, slot.combine)
+        self._link.end(combine, slot.combine)
+        return torch.empty_like(self._hidden) if slot.returning is None else self._tables.add_up(slot.returning)

@@ -10,8 +10,8 @@ import torch
 
 from cluster.dispatch.base import ExpertCompute, StepPlan
 from cluster.dispatch.layout import DispatchSegment, RowShape
-from cluster.dispatch.order import Direction, exchange_order
-from cluster.dispatch.transport import BufferPool, Flight, Lane, Link
+from cluster.dispatch.order import Direction, Exchange, exchange_order
+from cluster.dispatch.transport import BufferPool, Carrier, Lane, Link
 from cluster.topology import Topology
 from model_shards.errors import EpochAbortedError
 
@@ -133,8 +133,8 @@ def _refuse(strangers: int, epoch: int, rank_name: str) -> None:
 class _Slot:
     """Where one micro-batch lives during a step."""
 
-    dispatch: Lane
-    combine: Lane
+    dispatch: Carrier
+    combine: Carrier
     batch: RowBatch
 
 
@@ -156,6 +156,9 @@ class LockstepExpertDispatcher:
         self._shape = shape
         self._fence = fence
         self._pool = BufferPool(device)
+        self._plan: StepPlan | None = None
+        self._slots: dict[int, _Slot] = {}
+        self._order: tuple[Exchange, ...] = ()
         self._rows_received = 0
 
     @property
@@ -165,24 +168,32 @@ class LockstepExpertDispatcher:
 
     def run_step(self, plan: StepPlan, shard: ExpertCompute) -> None:
         """See `ExpertDispatcher`. Leaves no exchange under way."""
-        slots = {index: self._slot(plan, index) for index in plan.active_micro_batches}
-        arriving: dict[int, Flight] = {}
-        leaving: dict[int, Flight] = {}
-        for exchange in exchange_order(self._moe_layers, tuple(slots)):
-            slot = slots[exchange.micro_batch]
+        self._begin_step(plan)
+        leaving: dict[int, Exchange] = {}
+        for exchange in self._order:
+            slot = self._slots[exchange.micro_batch]
             if exchange.direction is Direction.DISPATCH:
-                arriving[exchange.micro_batch] = self._link.post(exchange, slot.dispatch)
+                self._link.start(exchange, slot.dispatch)
                 continue
-            arriving.pop(exchange.micro_batch).wait()
+            self._link.end(Exchange(Direction.DISPATCH, exchange.layer, exchange.micro_batch), slot.dispatch)
             self._fence.admit(slot.batch.headers())
             # The sums of the layer before may still be leaving from the buffer that is about to be written.
             if exchange.micro_batch in leaving:
-                leaving.pop(exchange.micro_batch).wait()
+                self._link.end(leaving.pop(exchange.micro_batch), slot.combine)
             slot.batch.compute(exchange.layer, shard)
-            leaving[exchange.micro_batch] = self._link.post(exchange, slot.combine)
-        for flight in leaving.values():
-            flight.wait()
+            self._link.start(exchange, slot.combine)
+            leaving[exchange.micro_batch] = exchange
+        for exchange in leaving.values():
+            self._link.end(exchange, self._slots[exchange.micro_batch].combine)
         self._rows_received = self._fence.settle()
+
+    def _begin_step(self, plan: StepPlan) -> None:
+        if plan == self._plan:
+            return  # as most steps of decodes are
+        self._plan = None  # until there is room for it
+        self._slots = {index: self._slot(plan, index) for index in plan.active_micro_batches}
+        self._order = exchange_order(self._moe_layers, tuple(self._slots))
+        self._plan = plan
 
     def _slot(self, plan: StepPlan, micro_batch: int) -> _Slot:
         tokens = plan.tokens_of(micro_batch)
@@ -203,7 +214,7 @@ class LockstepExpertDispatcher:
             f"batch {micro_batch}",
         )
         return _Slot(
-            dispatch=Lane(empty, received, nothing, in_sizes + none_from_experts),
-            combine=Lane(sent, empty, out_sizes + none_from_experts, nothing),
+            dispatch=self._link.carrier(Lane(empty, received, nothing, in_sizes + none_from_experts)),
+            combine=self._link.carrier(Lane(sent, empty, out_sizes + none_from_experts, nothing)),
             batch=batch,
         )

@@ -3,12 +3,11 @@
 import json
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.dispatch.order import Exchange
-from cluster.dispatch.transport import Flight, Lane, Link, Transport
+from cluster.dispatch.transport import Carrier, Link, Transport
 
 _KEPT = 200_000  # waits, the newest
 
@@ -62,15 +61,8 @@ class TracedLink(Link):
         super().__init__(transport, epoch, rank_name)
         self._trace = trace
 
-    def post(self, exchange: Exchange, lane: Lane) -> Flight:
+    def end(self, exchange: Exchange, carrier: Carrier) -> None:
         """See `Link`."""
-        flight = super().post(exchange, lane)
-        return Flight(flight.label, self._timed(exchange, flight.end))
-
-    def _timed(self, exchange: Exchange, end: Callable[[], None]) -> Callable[[], None]:
-        def timed() -> None:
-            begin = time.monotonic()
-            end()
-            self._trace.record(exchange, begin, time.monotonic())
-
-        return timed
+        begin = time.monotonic()
+        super().end(exchange, carrier)
+        self._trace.record(exchange, begin, time.monotonic())

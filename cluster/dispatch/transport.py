@@ -1,7 +1,7 @@
 """How bytes travel: one all-to-all over all ranks of the epoch, named in every error it raises."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +12,8 @@ from cluster.dispatch.order import Exchange
 from cluster.rendezvous import first_line
 from cluster.shm.mesh import Mesh
 from model_shards.errors import EpochAbortedError
+
+_FAILURES = (RuntimeError, OSError, ValueError)  # of transports
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,22 @@ class Lane:
     recv_splits: list[int]  # bytes from each rank
 
 
-class Transport(Protocol):
-    """Starts an all-to-all; the function returned ends it. `lane` must not be touched in between."""
+class Carrier(Protocol):
+    """Carries one lane, in every layer of a step. Between `start` and `end` the lane must not be touched."""
 
-    def start(self, lane: Lane) -> Callable[[], None]: ...
+    def start(self) -> None:
+        """Begins an all-to-all; does not wait."""
+        ...
+
+    def end(self) -> None:
+        """Ends the one that was begun last."""
+        ...
+
+
+class Transport(Protocol):
+    """Of one epoch."""
+
+    def carrier(self, lane: Lane) -> Carrier: ...
 
 
 class DirectTransport:
@@ -39,13 +53,8 @@ class DirectTransport:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
 
-    def start(self, lane: Lane) -> Callable[[], None]:
-        work = self._group.alltoall_base(lane.recv, lane.send, lane.recv_splits, lane.send_splits)
-
-        def end() -> None:
-            work.wait()
-
-        return end
+    def carrier(self, lane: Lane) -> Carrier:
+        return _GroupCarrier(self._group, lane, lane.send, lane.recv)
 
 
 class StagedTransport:
@@ -57,16 +66,8 @@ class StagedTransport:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
 
-    def start(self, lane: Lane) -> Callable[[], None]:
-        send = lane.send.cpu()
-        recv = torch.empty(lane.recv.shape, dtype=torch.uint8)
-        work = self._group.alltoall_base(recv, send, lane.recv_splits, lane.send_splits)
-
-        def end() -> None:
-            work.wait()
-            lane.recv.copy_(recv)
-
-        return end
+    def carrier(self, lane: Lane) -> Carrier:
+        return _StagedCarrier(self._group, lane)
 
 
 class SharedTransport:
@@ -79,15 +80,56 @@ class SharedTransport:
         self._mesh = mesh
         self._timeout_s = timeout_s
 
-    def start(self, lane: Lane) -> Callable[[], None]:
-        deadline = time.monotonic() + self._timeout_s
-        self._mesh.send(tuple(_segments(lane.send, lane.send_splits)))
+    def carrier(self, lane: Lane) -> Carrier:
+        return _SharedCarrier(self._mesh, lane, self._timeout_s)
 
-        def end() -> None:
-            for rank, out in _segments(lane.recv, lane.recv_splits):
-                self._mesh.receive(rank, out, deadline)
 
-        return end
+class _GroupCarrier:
+    def __init__(self, group: dist.ProcessGroup, lane: Lane, send: torch.Tensor, recv: torch.Tensor) -> None:
+        self._group = group
+        self._lane = lane
+        self._send, self._recv = send, recv
+        self._work: dist.Work | None = None
+
+    def start(self) -> None:
+        lane = self._lane
+        self._work = self._group.alltoall_base(self._recv, self._send, lane.recv_splits, lane.send_splits)
+
+    def end(self) -> None:
+        assert self._work is not None, "an exchange is under way"
+        self._work.wait()
+        self._work = None
+
+
+class _StagedCarrier:
+    def __init__(self, group: dist.ProcessGroup, lane: Lane) -> None:
+        self._lane = lane
+        self._send = torch.empty(lane.send.shape, dtype=torch.uint8)
+        self._recv = torch.empty(lane.recv.shape, dtype=torch.uint8)
+        self._carrier = _GroupCarrier(group, lane, self._send, self._recv)
+
+    def start(self) -> None:
+        self._send.copy_(self._lane.send)
+        self._carrier.start()
+
+    def end(self) -> None:
+        self._carrier.end()
+        self._lane.recv.copy_(self._recv)
+
+
+class _SharedCarrier:
+    def __init__(self, mesh: Mesh, lane: Lane, timeout_s: float) -> None:
+        self._sender = mesh.sender(tuple(_segments(lane.send, lane.send_splits)))
+        self._receiver = mesh.receiver(tuple(_segments(lane.recv, lane.recv_splits)))
+        self._timeout_s = timeout_s
+        self._deadline = 0.0
+
+    def start(self) -> None:
+        self._deadline = time.monotonic() + self._timeout_s
+        self._sender.send()
+
+    def end(self) -> None:
+        self._receiver.receive(self._deadline)
 
 
 def _segments(buffer: torch.Tensor, splits: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
@@ -99,39 +141,41 @@ def _segments(buffer: torch.Tensor, splits: list[int]) -> Iterator[tuple[int, to
         start += size
 
 
-class Flight:
-    """An exchange under way."""
-
-    def __init__(self, label: str, end: Callable[[], None]) -> None:
-        self.label = label
-        self.end = end  # of the transport: raises what that raises
-
-    def wait(self) -> None:
-        """Ends the exchange; once. Raises EpochAbortedError when a rank was lost or the deadline passed."""
-        try:
-            self.end()
-        except (RuntimeError, OSError, ValueError) as error:
-            raise EpochAbortedError(f"{self.label} failed: {first_line(error)}") from error
-
-
 class Link:
-    """A rank's end of the exchanges of one epoch."""
+    """A rank's end of the exchanges of one epoch. Every rank must start the same exchanges in the same order."""
 
     def __init__(self, transport: Transport, epoch: int, rank_name: str) -> None:
         self._transport = transport
         self._epoch = epoch
         self._rank_name = rank_name
 
-    def post(self, exchange: Exchange, lane: Lane) -> Flight:
-        """Starts an exchange; every rank must post the same exchanges in the same order."""
-        label = (
+    def carrier(self, lane: Lane) -> Carrier:
+        """What carries a lane. Raises EpochAbortedError when there is no memory for its messages."""
+        try:
+            return self._transport.carrier(lane)
+        except _FAILURES as error:
+            at = f"epoch {self._epoch} on rank {self._rank_name}"
+            raise EpochAbortedError(f"no room for the messages of {at}: {first_line(error)}") from error
+
+    def start(self, exchange: Exchange, carrier: Carrier) -> None:
+        """Begins an exchange. Raises EpochAbortedError when that is not possible."""
+        try:
+            carrier.start()
+        except _FAILURES as error:
+            raise EpochAbortedError(f"{self._label(exchange)} could not start: {first_line(error)}") from error
+
+    def end(self, exchange: Exchange, carrier: Carrier) -> None:
+        """Waits for its end. Raises EpochAbortedError when a rank was lost or the deadline passed."""
+        try:
+            carrier.end()
+        except _FAILURES as error:
+            raise EpochAbortedError(f"{self._label(exchange)} failed: {first_line(error)}") from error
+
+    def _label(self, exchange: Exchange) -> str:
+        return (
             f"{exchange.direction.value} of layer {exchange.layer}, micro-batch {exchange.micro_batch}, "
             f"epoch {self._epoch} on rank {self._rank_name}"
         )
-        try:
-            return Flight(label, self._transport.start(lane))
-        except (RuntimeError, OSError, ValueError) as error:
-            raise EpochAbortedError(f"{label} could not start: {first_line(error)}") from error
 
 
 class BufferPool:

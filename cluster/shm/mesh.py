@@ -2,6 +2,7 @@
 
 before the ranks meet    outbox = Outbox(world_size); each tells the others an Address
 when all have met        mesh = Mesh(outbox, addresses, ...)
+before a step            mesh.sender(...), mesh.receiver(...) for the messages of a layer, which are run in each
 """
 
 import functools
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from cluster.shm.messages import Receiver, Sender
 from cluster.shm.outbox import Inbox, Outbox
 from cluster.shm.semaphore import available
 from cluster.shm.watch import ProcessWatch
@@ -101,33 +103,26 @@ class Mesh:
                 inbox.close()
             raise
 
-    def send(self, messages: Sequence[tuple[int, torch.Tensor]]) -> None:
-        """Copies messages, uint8 [B], to peers, by rank; does not wait for them. Raises OSError without memory.
+    @property
+    def messages_sent(self) -> int:
+        """To all peers so far."""
+        return self._outbox.messages_sent
 
-        Nobody is woken before all are written: a peer on this rank's core then has it for itself, and the others must
-        not wait for their message meanwhile. So that it comes last, each rank ends with the peer of its own number:
-        ranks of both roles are dealt to the cores in order (`cluster.device`), and when one of the roles has one rank,
-        or both have as many, that is the one on its core.
+    def sender(self, messages: Sequence[tuple[int, torch.Tensor]]) -> Sender:
+        """Of messages to peers, by rank: uint8 tensors that are read each time. Raises OSError without memory.
+
+        So that the peer on this rank's core is woken last, each rank ends with the peer of its own number: ranks of
+        both roles are dealt to the cores in order (`cluster.device`), and when one of the roles has one rank, or both
+        have as many, that is the one on its core. Until then the others must not wait for their message.
         """
         for rank, message in messages:
-            self._outbox.write(rank, message)
-        for index in range(len(messages)):
-            rank, _ = messages[(index + self._me + 1) % len(messages)]
-            self._outbox.post(rank)
+            self._outbox.reserve(rank, message.shape[0])
+        order = [(index + self._me + 1) % len(messages) for index in range(len(messages))]
+        return Sender(self._outbox, [messages[index] for index in order])
 
-    def receive(self, rank: int, out: torch.Tensor, deadline: float) -> None:
-        """Waits for the next message of a peer and copies it into uint8 `out`, which has its size.
-
-        Raises PeerLostError; `deadline` is on time.monotonic()'s clock.
-        """
-        inbox = self._inboxes[rank]
-        while True:
-            posted = inbox.wait_data(deadline)
-            # Asked before looking: what was sent before the end is there by now.
-            ended = self._ended(rank, inbox)
-            if inbox.take(out):
-                return
-            self._raise_if_over(rank, ended, posted)
+    def receiver(self, messages: Sequence[tuple[int, torch.Tensor]]) -> Receiver:
+        """Of messages from peers, by rank, into uint8 tensors of their sizes. Receiving raises PeerLostError."""
+        return Receiver([(rank, self._inboxes[rank], out) for rank, out in messages], self._finish)
 
     def gather(self, row: list[int], deadline: float) -> list[list[int]]:
         """Sends up to 7 integers to all ranks and waits for theirs; by global rank. Raises PeerLostError."""
@@ -146,6 +141,19 @@ class Mesh:
         for inbox in self._inboxes.values():
             inbox.close()
         self._inboxes.clear()
+
+    def _finish(self, rank: int, out: torch.Tensor, deadline: float, posted: bool) -> None:
+        """Waits for the next message of a peer, whose semaphore was taken or not, with an answer for everything that
+        can be in the way."""
+        inbox = self._inboxes[rank]
+        while True:
+            posted = posted or inbox.wait_data(deadline)
+            # Asked before looking: what was sent before the end is there by now.
+            ended = self._ended(rank, inbox)
+            if inbox.take(out):
+                return
+            self._raise_if_over(rank, ended, posted)
+            posted = False
 
     def _receive_row(self, rank: int, length: int, deadline: float) -> list[int]:
         inbox = self._inboxes[rank]

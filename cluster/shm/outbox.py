@@ -23,22 +23,23 @@ import ctypes
 import mmap
 import os
 import secrets
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from cluster.shm.calls import DESCRIPTOR, RING
 from cluster.shm.semaphore import SIZE, Semaphore
 
-RING = 4  # messages a queue holds; more than the micro-batches of a step
 ROW = 8  # int64 of a row, its number included
 TOKEN_BYTES = 16
 _HEAD = 64
 _CLOSED = 2 * SIZE
 _ROWS = 128
 _DESCRIPTORS = _ROWS + RING * ROW * 8
-_BOX = _DESCRIPTORS + RING * 4 * 8
+_BOX = _DESCRIPTORS + RING * DESCRIPTOR * 8
 _SMALLEST_REGION = 1 << 12
 
 
@@ -51,7 +52,18 @@ class _Box:
         self.data_posted = Semaphore(memory, start + SIZE, create=create)
         self.closed = _int64(memory, start + _CLOSED, 1)
         self.rows = _int64(memory, start + _ROWS, RING * ROW).reshape(RING, ROW)
-        self.descriptors = _int64(memory, start + _DESCRIPTORS, RING * 4).reshape(RING, 4)
+        self.descriptors = _int64(memory, start + _DESCRIPTORS, RING * DESCRIPTOR).reshape(RING, DESCRIPTOR)
+
+
+@dataclass(frozen=True)
+class Way:
+    """Addresses of what a message to, or from, one peer takes (`cluster.shm.calls`); as long as the box they are of."""
+
+    number: int
+    ring: int
+    regions: int  # 0 where messages come from
+    data: int
+    semaphore: int
 
 
 class Outbox:
@@ -69,17 +81,23 @@ class Outbox:
             os.close(self._file)
             raise
         self._rows_sent = [0] * world_size
-        self._data_sent = [0] * world_size
-        self._regions: dict[tuple[int, int], tuple[int, int]] = {}  # (reader, slot) -> offset, bytes
-        self._data: torch.Tensor | None = None
+        self._sent = np.zeros(world_size, np.int64)
+        self._regions = np.zeros((world_size, RING), np.int64)  # offsets of the room that a slot's messages have
+        self._room = [0] * world_size  # bytes of each
+        self._mapping = _Mapping()
         self._data_bytes = 0
-        self._is_closed = False
+        self.is_closed = False
         head[:TOKEN_BYTES] = self.token
 
     @property
     def file(self) -> int:
         """The descriptor that peers open."""
         return self._file
+
+    @property
+    def messages_sent(self) -> int:
+        """To all readers so far."""
+        return int(self._sent.sum())
 
     def send_row(self, reader: int, values: list[int]) -> None:
         """Posts up to ROW - 1 integers."""
@@ -90,47 +108,44 @@ class Outbox:
         self._rows_sent[reader] = number
         box.rows_posted.post()
 
-    def write(self, reader: int, message: torch.Tensor) -> None:
-        """Copies a message, uint8 [B], which is to be posted. Raises OSError when memory for it cannot be had."""
-        box, number, size = self._boxes[reader], self._data_sent[reader] + 1, message.shape[0]
-        slot = number % RING
-        offset, room = self._regions.get((reader, slot), (0, 0))
-        if room < size:
-            offset = self._grow(reader, slot, size)
-        assert self._data is not None
-        _copy(message, self._data[offset : offset + size])
-        box.descriptors[slot, 1:3] = (offset, size)
-        box.descriptors[slot, 0] = number
-        self._data_sent[reader] = number
+    def reserve(self, reader: int, size: int) -> None:
+        """Room for messages of up to `size` bytes; what was sent and not read stays where it is. Raises OSError when
+        memory for it cannot be had."""
+        if size <= self._room[reader]:
+            return
+        room = max(_SMALLEST_REGION, 1 << (size - 1).bit_length())
+        begin = self._data_bytes
+        # Not merely a longer file: memory that is not there must be an error here and not a signal at the first write.
+        os.posix_fallocate(self._file, self._head_bytes + begin, RING * room)
+        self._mapping.map(self._file, self._head_bytes, begin + RING * room)
+        self._regions[reader] = [begin + slot * room for slot in range(RING)]
+        self._room[reader] = room
+        self._data_bytes = begin + RING * room
 
-    def post(self, reader: int) -> None:
-        """Wakes the reader of a message that was written."""
-        self._boxes[reader].data_posted.post()
+    def way(self, reader: int) -> Way:
+        """Of messages to a reader, for `cluster.shm.calls.send_code`."""
+        box = self._boxes[reader]
+        return Way(
+            number=_address(self._sent) + 8 * reader,
+            ring=_address(box.descriptors),
+            regions=_address(self._regions) + 8 * RING * reader,
+            data=self._mapping.address,
+            semaphore=box.data_posted.address,
+        )
 
     def close(self) -> None:
         """Tells every reader that nothing more comes; what was sent can still be read. Idempotent."""
-        if self._is_closed:
+        if self.is_closed:
             return
-        self._is_closed = True
+        self.is_closed = True
         for box in self._boxes:
             box.closed[0] = 1
             box.rows_posted.post()
             box.data_posted.post()
         # The mappings go with the last that looks into them.
         self._boxes.clear()
-        self._data = None
+        self._mapping.clear()
         os.close(self._file)
-
-    def _grow(self, reader: int, slot: int, size: int) -> int:
-        """A region of at least `size` bytes at the end of the file; its offset within the data."""
-        room = max(_SMALLEST_REGION, 1 << (size - 1).bit_length())
-        offset = self._data_bytes
-        # Not merely a longer file: memory that is not there must be an error here and not a signal at the first write.
-        os.posix_fallocate(self._file, self._head_bytes + offset, room)
-        self._regions[reader, slot] = (offset, room)
-        self._data_bytes = offset + room
-        self._data = _map_data(self._file, self._head_bytes, self._data_bytes)
-        return offset
 
 
 class Inbox:
@@ -154,8 +169,8 @@ class Inbox:
             raise
         self._box = _Box(head, reader, create=False)
         self._rows_read = 0
-        self._data_read = 0
-        self._data: torch.Tensor | None = None
+        self._read = np.zeros(1, np.int64)  # messages
+        self._mapping = _Mapping()
 
     @property
     def closed(self) -> bool:
@@ -184,36 +199,71 @@ class Inbox:
         self._rows_read = number
         return row[1:]
 
+    def way(self) -> Way:
+        """Of messages from this peer, for `cluster.shm.calls.receive_code`."""
+        return Way(
+            number=_address(self._read),
+            ring=_address(self._box.descriptors),
+            regions=0,
+            data=self._mapping.address,
+            semaphore=self._box.data_posted.address,
+        )
+
     def take(self, out: torch.Tensor) -> bool:
         """Copies the next message into uint8 `out`; False when there is none. Raises ValueError on another size."""
-        number = self._data_read + 1
+        number = int(self._read[0]) + 1
         written, offset, size, _ = self._box.descriptors[number % RING].tolist()
         if written != number:
             return False
         if size != out.shape[0]:
             raise ValueError(f"a message of {size} bytes came where {out.shape[0]} were due")
-        if self._data is None or self._data.shape[0] < offset + size:
-            self._data = _map_data(self._file, self._head_bytes, os.fstat(self._file).st_size - self._head_bytes)
-        _copy(self._data[offset : offset + size], out)
-        self._data_read = number
+        if self._mapping.size < offset + size:
+            self._mapping.map(self._file, self._head_bytes, os.fstat(self._file).st_size - self._head_bytes)
+        self._mapping.read(offset, out)
+        self._read[0] = number
         return True
 
     def close(self) -> None:
         """Lets go of the peer's memory."""
-        self._data = None
+        self._mapping.clear()
         os.close(self._file)
 
 
-def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Bytes to bytes, on the calling thread: a team that a copy waits for may have to wait for its core, which the one
-    that the message is for has just been woken on. Raises ValueError on another size."""
-    size = source.shape[0]
-    if target.shape[0] != size:
-        raise ValueError(f"{size} bytes do not fit in {target.shape[0]}")
-    assert source.dtype is target.dtype is torch.uint8, "bytes"
-    assert source.is_contiguous(), "bytes lie one after another"
-    assert target.is_contiguous(), "bytes lie one after another"
-    ctypes.memmove(target.data_ptr(), source.data_ptr(), size)
+class _Mapping:
+    """The data of an outbox as this process sees it: its address and size, where compiled code finds them."""
+
+    def __init__(self) -> None:
+        self._cell = np.zeros(2, np.int64)
+        self._bytes: npt.NDArray[np.uint8] | None = None
+
+    @property
+    def address(self) -> int:
+        """Of the address and the size."""
+        return _address(self._cell)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return int(self._cell[1])
+
+    def map(self, file: int, offset: int, size: int) -> None:
+        """In place of what was mapped before. Raises OSError."""
+        mapped = np.frombuffer(mmap.mmap(file, size, offset=offset), np.uint8)
+        self._cell[:] = (_address(mapped), size)
+        self._bytes = mapped
+
+    def read(self, offset: int, out: torch.Tensor) -> None:
+        """Copies what lies there into all of uint8 `out`, on this thread: a team may have to wait for its cores."""
+        ctypes.memmove(out.data_ptr(), int(self._cell[0]) + offset, out.shape[0])
+
+    def clear(self) -> None:
+        """Of no bytes."""
+        self._cell[:] = 0
+        self._bytes = None
+
+
+def _address(array: npt.NDArray[np.int64] | npt.NDArray[np.uint8]) -> int:
+    return int(array.__array_interface__["data"][0])
 
 
 def _head_bytes(world_size: int) -> int:
@@ -223,8 +273,3 @@ def _head_bytes(world_size: int) -> int:
 
 def _int64(memory: mmap.mmap, offset: int, count: int) -> npt.NDArray[np.int64]:
     return np.frombuffer(memory, np.int64, count, offset)
-
-
-def _map_data(file: int, head_bytes: int, size: int) -> torch.Tensor:
-    """The data regions as uint8 [size]; mapped as long as the tensor or a view of it lives."""
-    return torch.frombuffer(mmap.mmap(file, size, offset=head_bytes), dtype=torch.uint8)

@@ -11,7 +11,8 @@ import os
 import time
 
 SIZE = 32  # bytes, sizeof(sem_t) on 64-bit Linux
-_CLOCK_MONOTONIC = 1
+CLOCK_MONOTONIC = 1
+_FUNCTIONS = ("sem_post", "sem_trywait", "sem_clockwait")
 
 
 class _Timespec(ctypes.Structure):
@@ -19,6 +20,12 @@ class _Timespec(ctypes.Structure):
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def functions() -> dict[str, int]:
+    """Where those of the C library are that compiled code posts and waits with."""
+    found = {name: ctypes.cast(getattr(_libc, name), ctypes.c_void_p).value for name in _FUNCTIONS}
+    return {name: address for name, address in found.items() if address is not None}
 
 
 def available() -> bool:
@@ -35,6 +42,11 @@ class Semaphore:
         if create and _libc.sem_init(self._address, 1, 0):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
+    @property
+    def address(self) -> int:
+        """Where it is in this process."""
+        return ctypes.addressof(self._bytes)
+
     def post(self) -> None:
         """Adds one; never blocks."""
         if _libc.sem_post(self._address):
@@ -45,7 +57,7 @@ class Semaphore:
         if not _libc.sem_trywait(self._address):
             return True
         limit = _Timespec(int(deadline), int(deadline % 1 * 1e9))
-        while _libc.sem_clockwait(self._address, _CLOCK_MONOTONIC, ctypes.byref(limit)):
+        while _libc.sem_clockwait(self._address, CLOCK_MONOTONIC, ctypes.byref(limit)):
             code = ctypes.get_errno()
             if code == errno.ETIMEDOUT and time.monotonic() >= deadline:
                 return False

@@ -78,9 +78,8 @@ class Builder:
         self.ir = ir.IRBuilder(body)
         given, self._first, self._step = self._function.args
         base = self.ir.ptrtoint(given, I64)
-        self.arguments: dict[str, Value] = {
-            name: self.int_at(self.ir.add(base, self.const(8 * index))) for index, name in enumerate(arguments)
-        }
+        self._places = {name: self.ir.add(base, self.const(8 * index)) for index, name in enumerate(arguments)}
+        self.arguments: dict[str, Value] = {name: self.int_at(place) for name, place in self._places.items()}
         self._body = body
         self._configured = None if instructions is None else self.variable(self.const(0)).place
 
@@ -122,6 +121,10 @@ class Builder:
         counter.add_incoming(following, self.ir.block)
         self.ir.cbranch(self.ir.icmp_signed("<", following, stop), body, after)
         self.ir.position_at_end(after)
+
+    def argument_address(self, name: str) -> Value:
+        """Where an argument lies, which the function may write."""
+        return self._places[name]
 
     def pieces(self, count: Value) -> AbstractContextManager[Value]:
         """This thread's share of `count` pieces."""

@@ -1,7 +1,7 @@
 """LLVM text to functions that this process can call, on one thread or on those that torch computes with."""
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,10 +76,12 @@ define void @parallel(ptr %arguments) nounwind "prefer-vector-width"="512" {
 class TeamFunction:
     """A function that the threads of a team share: compiled, and there as long as this is."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, library: Mapping[str, int] | None = None) -> None:
         """`text` defines `void @share(ptr %arguments, i64 %first, i64 %step)`: every `step`-th piece of the work, from
-        `first`."""
+        `first`. `library`: where functions are that it declares, for this process for good."""
         self._openmp = find_openmp()
+        for name, address in (library or {}).items():
+            llvm.add_symbol(name, address)
         self._engine = _compile(text + _SERIAL + ("" if self._openmp is None else _PARALLEL), self._openmp)
         self._serial = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._engine.get_function_address("serial"))
         self._parallel = 0 if self._openmp is None else int(self._engine.get_function_address("parallel"))

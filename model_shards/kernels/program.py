@@ -33,6 +33,10 @@ class Call:
         """Runs it alone."""
         self.function.run(self._values, num_threads)
 
+    def get(self, name: str) -> int:
+        """An argument, which the function may have changed."""
+        return self._values[self._places[name]]
+
     def set(self, **values: int) -> None:
         """Changes some arguments."""
         for name, value in values.items():

@@ -49,8 +49,9 @@ def test_nccl_groups_of_one_rank_open_exchange_and_close_again_and_again():
             sent = torch.arange(64, dtype=torch.uint8, device=device)
             received = torch.zeros_like(sent)
             lane = Lane(sent, received, [64], [64])
-            end = DirectTransport(groups.data).start(lane)
-            end()
+            carrier = DirectTransport(groups.data).carrier(lane)
+            carrier.start()
+            carrier.end()
             assert torch.equal(received, sent)
 
 

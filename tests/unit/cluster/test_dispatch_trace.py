@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 from cluster.dispatch.order import Direction, Exchange
 from cluster.dispatch.trace import ExchangeTrace, TracedLink
-from cluster.dispatch.transport import Lane
+from cluster.dispatch.transport import Carrier, Lane
 from model_shards.errors import EpochAbortedError
 
 NOTHING = Lane(torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8), [], [])
@@ -22,13 +21,21 @@ class SlowTransport:
     def __init__(self, error: Exception | None = None) -> None:
         self._error = error
 
-    def start(self, lane: Lane) -> Callable[[], None]:
-        def end() -> None:
-            time.sleep(0.02)
-            if self._error is not None:
-                raise self._error
+    def carrier(self, lane: Lane) -> Carrier:
+        return SlowCarrier(self._error)
 
-        return end
+
+class SlowCarrier:
+    def __init__(self, error: Exception | None) -> None:
+        self._error = error
+
+    def start(self) -> None:
+        pass
+
+    def end(self) -> None:
+        time.sleep(0.02)
+        if self._error is not None:
+            raise self._error
 
 
 def events(file: Path) -> list[dict[str, object]]:
@@ -40,7 +47,9 @@ def test_each_wait_is_an_event_of_its_rank_in_the_order_of_time(tmp_path: Path) 
     trace = ExchangeTrace("E1")
     link = TracedLink(SlowTransport(), 4, "E1", trace)
     for layer in (1, 2):
-        link.post(Exchange(Direction.DISPATCH, layer, 0), NOTHING).wait()
+        exchange, carrier = Exchange(Direction.DISPATCH, layer, 0), link.carrier(NOTHING)
+        link.start(exchange, carrier)
+        link.end(exchange, carrier)
     trace.write(tmp_path / "traces", 4)
     first, second = events(tmp_path / "traces" / "E1-epoch-4.json")
     assert (first["name"], first["pid"]) == ("wait for dispatch of layer 1", "E1")
@@ -57,8 +66,9 @@ def test_each_wait_is_an_event_of_its_rank_in_the_order_of_time(tmp_path: Path) 
 def test_an_exchange_that_fails_fails_as_without_a_trace(tmp_path: Path) -> None:
     trace = ExchangeTrace("A0")
     link = TracedLink(SlowTransport(RuntimeError("rank E0 sent nothing in time")), 4, "A0", trace)
-    flight = link.post(Exchange(Direction.COMBINE, 3, 1), NOTHING)
+    exchange, carrier = Exchange(Direction.COMBINE, 3, 1), link.carrier(NOTHING)
+    link.start(exchange, carrier)
     with pytest.raises(EpochAbortedError, match=r"combine of layer 3, micro-batch 1, epoch 4 on rank A0.*in time"):
-        flight.wait()
+        link.end(exchange, carrier)
     trace.write(tmp_path, 4)
     assert events(tmp_path / "A0-epoch-4.json") == []

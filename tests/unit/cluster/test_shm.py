@@ -15,7 +15,9 @@ import torch
 
 from cluster.membership import Membership, Rendezvous
 from cluster.shm.mesh import Address, Mesh, PeerLostError, address_of, host_identity, supported
-from cluster.shm.outbox import RING, Inbox, Outbox
+from cluster.shm.calls import RING
+from cluster.shm.messages import Sender
+from cluster.shm.outbox import Inbox, Outbox
 from cluster.shm.semaphore import Semaphore
 from cluster.shm.watch import ProcessWatch
 from cluster.step_header import HeaderExchange, StepHeader
@@ -35,8 +37,12 @@ def message(*values):
 
 
 def send(outbox, reader, content):
-    outbox.write(reader, content)
-    outbox.post(reader)
+    outbox.reserve(reader, content.shape[0])
+    Sender(outbox, [(reader, content)]).send()
+
+
+def receive(mesh, rank, out, deadline):
+    mesh.receiver([(rank, out)]).receive(deadline)
 
 
 def inbox_of(outbox, reader=1, world_size=2):
@@ -128,15 +134,15 @@ def test_a_peer_that_left_in_order_and_then_ended_ends_no_wait_for_another():
     with meshes(3) as (first, second, third):
         first.close()
         third._exited(0)
-        threading.Timer(0.2, second.send, ([(2, message(7))],)).start()
+        threading.Timer(0.2, second.sender([(2, message(7))]).send).start()
         out = torch.empty(1, dtype=torch.uint8)
-        third.receive(1, out, soon())
+        receive(third, 1, out, soon())
         assert out.tolist() == [7]
         with pytest.raises(PeerLostError, match="rank R0 left the epoch"):
-            third.receive(0, out, soon())
+            receive(third, 0, out, soon())
         third._exited(1)
         with pytest.raises(PeerLostError, match="the process of rank R1 is gone"):
-            third.receive(1, out, soon())
+            receive(third, 1, out, soon())
 
 
 def test_a_replica_without_tokens_waits_at_the_header_for_the_whole_step_and_others_for_one_exchange():
@@ -219,60 +225,127 @@ def test_a_gather_has_everyones_row_in_the_order_of_the_ranks():
     assert results == {0: expected, 1: expected, 2: expected}
 
 
-def test_nobody_is_woken_before_all_messages_are_written_and_the_peer_after_ones_own_number_first(monkeypatch):
+def test_the_peer_after_ones_own_number_is_woken_first():
     with meshes(5) as made:
-        events = []
-        write, post = Outbox.write, Outbox.post
-        monkeypatch.setattr(
-            Outbox, "write", lambda self, rank, content: (events.append("write"), write(self, rank, content))
-        )
-        monkeypatch.setattr(Outbox, "post", lambda self, rank: (events.append(rank), post(self, rank)))
-        made[1].send([(rank, message(rank)) for rank in (2, 3, 4)])
-        assert events == ["write"] * 3 + [4, 2, 3]
+        sender = made[1].sender([(rank, message(rank)) for rank in (2, 3, 4)])
+        assert [rank for rank, _ in sender._messages] == [4, 2, 3]
+        sender.send()
         for rank in (2, 3, 4):
             out = torch.empty(1, dtype=torch.uint8)
-            made[rank].receive(1, out, soon())
+            receive(made[rank], 1, out, soon())
             assert out.tolist() == [rank]
-        made[1].send([])
+        made[1].sender([]).send()
 
 
-def test_without_memory_for_one_message_nobody_is_woken(monkeypatch):
+def test_nobody_is_woken_before_all_messages_are_written():
+    """The first that is woken finds what another is to read, though it takes a while to write."""
+    outbox = Outbox(3)
+    first, last = inbox_of(outbox, 1, 3), inbox_of(outbox, 2, 3)
+    large = torch.ones(8_000_000, dtype=torch.uint8)
+    for rank, content in ((1, message(7)), (2, large)):
+        outbox.reserve(rank, content.shape[0])
+    sender = Sender(outbox, [(1, message(7)), (2, large)])
+    found = []
+
+    def look():
+        first.wait_data(soon())
+        # Only the descriptor: to copy would give the sender time.
+        found.append(int(last._box.descriptors[number % RING, 0]) == number)
+
+    for number in range(1, 21):
+        reader = threading.Thread(target=look)
+        reader.start()
+        sender.send()
+        reader.join(10.0)
+        assert first.take(torch.empty(1, dtype=torch.uint8))
+        assert last.wait_data(soon())
+        assert last.take(torch.empty_like(large))
+    assert found == [True] * 20
+    outbox.close()
+    first.close()
+    last.close()
+
+
+def test_without_memory_for_one_message_none_is_sent(monkeypatch):
     with meshes(3) as made:
-        write, posted = Outbox.write, []
+        reserve = Outbox.reserve
 
-        def scarce(self, rank, content):
+        def scarce(self, rank, size):
             if rank == 2:
                 raise OSError("no memory")
-            write(self, rank, content)
+            reserve(self, rank, size)
 
-        monkeypatch.setattr(Outbox, "write", scarce)
-        monkeypatch.setattr(Outbox, "post", lambda self, rank: posted.append(rank))
+        monkeypatch.setattr(Outbox, "reserve", scarce)
         with pytest.raises(OSError, match="no memory"):
-            made[0].send([(1, message(1)), (2, message(2))])
-        assert posted == []
+            made[0].sender([(1, message(1)), (2, message(2))])
+        assert made[0].messages_sent == 0
         made[0].close()
-        out = torch.empty(1, dtype=torch.uint8)
-        made[1].receive(0, out, soon())  # it was written, and leaving wakes
+        for rank in (1, 2):
+            with pytest.raises(PeerLostError, match="rank R0 left the epoch"):
+                receive(made[rank], 0, torch.empty(1, dtype=torch.uint8), soon())
+
+
+def test_messages_are_received_whole_whatever_order_their_peers_send_in_and_however_often_one_is_woken():
+    with meshes(3) as made:
+        outs = [torch.empty(5000, dtype=torch.uint8) for _ in range(2)]
+        receiver = made[0].receiver([(1, outs[0]), (2, outs[1])])
+        contents = [torch.zeros(5000, dtype=torch.uint8) for _ in range(2)]
+        senders = [made[rank].sender([(0, content)]) for rank, content in zip((1, 2), contents, strict=True)]
+        for step in range(1, 20):
+            for content in contents:
+                content += 1
+            order = (0, 1) if step % 2 else (1, 0)
+            made[0]._inboxes[1 + step % 2].wake()  # for another reason than a message
+            timers = [threading.Timer(0.01 * place, senders[which].send) for place, which in enumerate(order)]
+            for timer in timers:
+                timer.start()
+            receiver.receive(soon())
+            assert all(bool((out == step).all()) for out in outs)
+            for timer in timers:
+                timer.join(10.0)
+        assert made[1].messages_sent == made[2].messages_sent == 19
+
+
+def test_messages_on_their_way_stay_where_they_are_while_room_is_made_for_larger_ones():
+    outbox = Outbox(2)
+    inbox = inbox_of(outbox)
+    send(outbox, 1, message(1, 2, 3))
+    send(outbox, 1, torch.full((100_000,), 9, dtype=torch.uint8))
+    small, large = torch.empty(3, dtype=torch.uint8), torch.empty(100_000, dtype=torch.uint8)
+    assert inbox.take(small)
+    assert inbox.take(large)
+    assert small.tolist() == [1, 2, 3]
+    assert bool((large == 9).all())
+    outbox.close()
+    inbox.close()
+
+
+def test_a_rank_that_has_left_sends_nothing_more():
+    with meshes(2) as (first, second):
+        sender = first.sender([(1, message(1))])
+        first.close()
+        with pytest.raises(RuntimeError, match="this rank has left the epoch"):
+            sender.send()
         with pytest.raises(PeerLostError, match="rank R0 left the epoch"):
-            made[2].receive(0, out, soon())
+            receive(second, 0, torch.empty(1, dtype=torch.uint8), soon())
 
 
 def test_a_peer_that_leaves_ends_waits_for_it_but_what_it_sent_before_is_read():
     with meshes(2) as (first, second):
-        first.send([(1, message(1, 2))])
+        first.sender([(1, message(1, 2))]).send()
         first.close()
         out = torch.empty(2, dtype=torch.uint8)
-        second.receive(0, out, soon())
+        receive(second, 0, out, soon())
         assert out.tolist() == [1, 2]
         with pytest.raises(PeerLostError, match="rank R0 left the epoch"):
-            second.receive(0, out, soon())
+            receive(second, 0, out, soon())
         with pytest.raises(PeerLostError, match="rank R0 left the epoch"):
             second.gather([1], soon())
 
 
 def test_a_peer_that_sends_nothing_is_named_when_the_deadline_passes():
     with meshes(2) as (_, second), pytest.raises(PeerLostError, match="rank R0 sent nothing in time"):
-        second.receive(0, torch.empty(1, dtype=torch.uint8), soon(0.1))
+        receive(second, 0, torch.empty(1, dtype=torch.uint8), soon(0.1))
 
 
 def _wait_for_ever(pipe):
@@ -280,9 +353,9 @@ def _wait_for_ever(pipe):
     pipe.send(address_of(outbox).encode())
     address = Address.decode(pipe.recv())
     mesh = Mesh(outbox, [address, address_of(outbox)], 1, ["R0", "R1"])
-    mesh.send([(0, message(9))])
+    mesh.sender([(0, message(9))]).send()
     pipe.send("sent")
-    mesh.receive(0, torch.empty(1, dtype=torch.uint8), soon(100.0))
+    receive(mesh, 0, torch.empty(1, dtype=torch.uint8), soon(100.0))
 
 
 def test_a_killed_process_ends_every_wait_at_once_and_is_named():
@@ -296,12 +369,12 @@ def test_a_killed_process_ends_every_wait_at_once_and_is_named():
     mesh = Mesh(outbox, [address_of(outbox), address], 0, ["R0", "R1"])
     assert here.recv() == "sent"
     out = torch.empty(1, dtype=torch.uint8)
-    mesh.receive(1, out, soon())
+    receive(mesh, 1, out, soon())
     assert out.tolist() == [9]
     threading.Timer(0.3, os.kill, (process.pid, signal.SIGKILL)).start()
     begun = time.monotonic()
     with pytest.raises(PeerLostError, match="the process of rank R1 is gone"):
-        mesh.receive(1, out, soon(60.0))
+        receive(mesh, 1, out, soon(60.0))
     assert time.monotonic() - begun < 10.0
     mesh.close()
     mesh.close()
@@ -325,7 +398,7 @@ def test_nothing_is_left_open():
     before = open_files()
     for _ in range(5):
         with meshes(3) as made:
-            made[0].send([(1, torch.ones(100_000, dtype=torch.uint8))])
-            made[1].receive(0, torch.empty(100_000, dtype=torch.uint8), soon())
+            made[0].sender([(1, torch.ones(100_000, dtype=torch.uint8))]).send()
+            receive(made[1], 0, torch.empty(100_000, dtype=torch.uint8), soon())
     assert open_files() == before
     assert not [thread for thread in threading.enumerate() if thread.name == "peer-watch"]

@@ -1,0 +1,79 @@
+"""The messages of one rank to, or from, its peers, of the same sizes and in the same places in every layer of a step."""
+
+import ctypes
+from collections.abc import Callable, Sequence
+
+import torch
+
+from cluster.shm.calls import INCOMING, OUTGOING, RECEIVE_ARGUMENTS, SEND_ARGUMENTS, receive_code, send_code
+from cluster.shm.outbox import Inbox, Outbox, Way
+from model_shards.kernels.program import Call
+
+# (rank, where the message goes, deadline, whether its semaphore was taken): waits for it, or raises.
+Finish = Callable[[int, torch.Tensor, float, bool], None]
+
+
+class Sender:
+    """For one thread."""
+
+    def __init__(self, outbox: Outbox, messages: Sequence[tuple[int, torch.Tensor]]) -> None:
+        """uint8 [B] by reader, which the outbox has room for; in the order in which readers are woken."""
+        self._outbox = outbox
+        self._messages = messages  # kept: the call has their addresses only
+        self._parts = _parts(OUTGOING, [("source", outbox.way(rank), message) for rank, message in messages])
+        self._call = Call(
+            send_code(), SEND_ARGUMENTS, count=len(messages), messages=ctypes.addressof(self._parts)
+        )
+
+    def send(self) -> None:
+        """Copies all of them, then wakes their readers; does not wait. Raises RuntimeError when the outbox is closed."""
+        if self._outbox.is_closed:
+            raise RuntimeError("this rank has left the epoch")
+        if self._messages:
+            self._call.run(1)
+
+
+class Receiver:
+    """For one thread."""
+
+    def __init__(self, messages: Sequence[tuple[int, Inbox, torch.Tensor]], finish: Finish) -> None:
+        """Peers' numbers and inboxes, and where their messages go: uint8 of their sizes."""
+        self._messages = messages  # kept: the call has their addresses only
+        self._finish = finish
+        self._parts = _parts(INCOMING, [("target", inbox.way(), out) for _, inbox, out in messages])
+        self._call = Call(
+            receive_code(),
+            RECEIVE_ARGUMENTS,
+            count=len(messages),
+            messages=ctypes.addressof(self._parts),
+            first=0,
+            seconds=0,
+            nanoseconds=0,
+            taken=0,
+        )
+
+    def receive(self, deadline: float) -> None:
+        """Waits for all of them; `deadline` is on time.monotonic()'s clock. Raises what `finish` raises."""
+        self._call.set(first=0, seconds=int(deadline), nanoseconds=int(deadline % 1 * 1e9))
+        while (done := self._run()) < len(self._messages):
+            rank, _, out = self._messages[done]
+            self._finish(rank, out, deadline, bool(self._call.get("taken")))
+            self._call.set(first=done + 1)
+
+    def _run(self) -> int:
+        """The index of the message that is not as it is due; their number: none."""
+        if self._call.get("first") < len(self._messages):
+            self._call.run(1)
+        return self._call.get("first")
+
+
+def _parts(names: Sequence[str], messages: Sequence[tuple[str, Way, torch.Tensor]]) -> "ctypes.Array[ctypes.c_int64]":
+    """What compiled code knows of messages, one after another; of each the part that says where it lies here, how it
+    goes, and itself."""
+    values: list[int] = []
+    for place, way, message in messages:
+        assert message.dtype is torch.uint8, "bytes"
+        assert message.is_contiguous(), "bytes lie one after another"
+        known = {place: message.data_ptr(), "size": message.shape[0]} | vars(way)
+        values += [known[name] for name in names]
+    return (ctypes.c_int64 * len(values))(*values)
