@@ -50,6 +50,9 @@ class _Mirror:
     def forward(self, layer: int, hidden: torch.Tensor, local_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return hidden
 
+    def prepare(self, *rows: object) -> None:
+        """There is only `forward`."""
+
 
 def _run(
     rendezvous: Rendezvous, transport: str, topology: Topology, rows: int, hidden: int, rank: int

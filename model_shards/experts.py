@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model_shards.compiled.experts import CompiledExperts, LayerMatrices, serves
+from model_shards.compiled.expert_memory import LayerMatrices
+from model_shards.compiled.experts import CompiledExperts, PreparedRows, serves
 from model_shards.config import ModelConfig
 from model_shards.expert_matrix import GroupedMatrix, make_expert_matrix
+from model_shards.kernels.program import Halt
 from model_shards.quantization import Quantization
 
 
@@ -119,6 +121,13 @@ class ExpertShardModel(nn.Module):
         pair_weights = weights.flatten().index_select(0, pairs)
         total = F.embedding_bag(places, outputs, bags, mode="sum", per_sample_weights=pair_weights)
         return total.to(hidden.dtype)
+
+    def prepare(
+        self, hidden: torch.Tensor, local_ids: torch.Tensor, weights: torch.Tensor, out: torch.Tensor, halt: Halt
+    ) -> PreparedRows | None:
+        """`forward` to `out` of rows that lie there in every layer, as programs, in the order of `moe_layers`; an id
+        beyond this shard's halts them by `halt`. None where layers are no programs, or rows are many."""
+        return None if self._compiled is None else self._compiled.prepare(hidden, local_ids, weights, out, halt)
 
     def lay_out(self) -> None:
         """Lays every matrix out for this device, once, after it was filled; `hf_slices` is of no use then."""

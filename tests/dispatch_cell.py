@@ -65,6 +65,9 @@ class FakeShard:
         factors = torch.where(local_ids >= 0, factors, 0.0)
         return (hidden.float() * factors.sum(dim=1, keepdim=True) * (layer + 1)).to(hidden.dtype)
 
+    def prepare(self, *rows: object) -> None:
+        """There is only `forward`."""
+
 
 def slow_moe(layer: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
     """What all shards together must answer, by a loop over tokens and experts; [T, H] float64."""

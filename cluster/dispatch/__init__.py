@@ -4,7 +4,8 @@ import torch
 
 from cluster.dispatch.attention import LockstepAttentionDispatcher
 from cluster.dispatch.base import AttentionDispatcher, ExpertCompute, ExpertDispatcher, StepPlan
-from cluster.dispatch.expert import LockstepExpertDispatcher, make_fence
+from cluster.dispatch.expert import LockstepExpertDispatcher
+from cluster.dispatch.fence import make_fence
 from cluster.dispatch.layout import RowShape
 from cluster.dispatch.local import LocalDispatcher
 from cluster.dispatch.trace import ExchangeTrace, TracedLink

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from cluster.dispatch.base import StepPlan
-from cluster.dispatch.compiled_rows import CompiledPack, CompiledSum, can_sum
+from cluster.dispatch.compiled_exchange import AttentionExchange
+from cluster.dispatch.compiled_rows import CompiledPack, can_sum, compiled_sum, takes_a_team
 from cluster.dispatch.layout import DispatchSegments, RowShape, local_id_table, pack_rows, sum_rows
 from cluster.dispatch.order import Direction, Exchange
-from cluster.dispatch.transport import BufferPool, Carrier, Lane, Link
+from cluster.dispatch.transport import BufferPool, Carrier, Lane, Link, SharedCarrier
 from cluster.topology import Topology
 from model_shards.placement import ExpertPlacement
 from model_shards.routed import PendingCombine, RoutedExperts
@@ -26,6 +27,7 @@ class _Slot:
     combine: Carrier
     outgoing: DispatchSegments | None  # None when T = 0
     returning: torch.Tensor | None  # [N, T, H]
+    compiled: AttentionExchange | None
 
 
 class ExpertTables:
@@ -34,8 +36,11 @@ class ExpertTables:
     def __init__(self, placement: ExpertPlacement, device: torch.device) -> None:
         self._local_ids = local_id_table(placement, device)
         self._rows_sent = torch.zeros(placement.num_shards, dtype=torch.int64, device=device)
-        self._compiled = CompiledPack(self._local_ids, self._rows_sent) if device.type == "cpu" else None
-        self._sum = CompiledSum()
+        self._compiled = self.compiled_pack() if device.type == "cpu" else None
+
+    def compiled_pack(self) -> CompiledPack:
+        """What packs and counts as `pack` does, on a CPU."""
+        return CompiledPack(self._local_ids, self._rows_sent)
 
     def pack(
         self, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, segments: DispatchSegments
@@ -48,7 +53,7 @@ class ExpertTables:
 
     def add_up(self, returned: torch.Tensor) -> torch.Tensor:
         """See `sum_rows`."""
-        return self._sum.sum(returned) if can_sum(returned) else sum_rows(returned)
+        return compiled_sum(returned) if can_sum(returned) else sum_rows(returned)
 
     @property
     def rows_sent(self) -> tuple[int, ...]:
@@ -110,13 +115,22 @@ class LockstepAttentionDispatcher:
             outgoing = self._shape.dispatch_segments(out, num_tokens, num_shards)
             outgoing.header[:, 0] = plan.epoch
             returning = self._shape.combine_segments(back, num_tokens, num_shards)
-        return _Slot(
-            num_tokens=num_tokens,
-            dispatch=self._link.carrier(Lane(out, empty, none_to_attention + [out_bytes] * num_shards, nothing)),
-            combine=self._link.carrier(Lane(empty, back, nothing, none_to_attention + [back_bytes] * num_shards)),
-            outgoing=outgoing,
-            returning=returning,
-        )
+        dispatch = self._link.carrier(Lane(out, empty, none_to_attention + [out_bytes] * num_shards, nothing))
+        combine = self._link.carrier(Lane(empty, back, nothing, none_to_attention + [back_bytes] * num_shards))
+        compiled = None
+        if outgoing is not None and returning is not None:
+            compiled = self._compiled(dispatch, outgoing, combine, returning)
+        return _Slot(num_tokens, dispatch, combine, outgoing, returning, compiled)
+
+    def _compiled(
+        self, dispatch: Carrier, outgoing: DispatchSegments, combine: Carrier, returning: torch.Tensor
+    ) -> AttentionExchange | None:
+        """For few rows, and where waits are not traced: that is done in the other way."""
+        if self._link.is_traced or not isinstance(dispatch, SharedCarrier) or not isinstance(combine, SharedCarrier):
+            return None
+        if takes_a_team(returning.shape[1]) or not can_sum(returning):
+            return None
+        return AttentionExchange(self._tables.compiled_pack(), dispatch, outgoing, combine, returning)
 
 
 class _Routed:
@@ -134,9 +148,12 @@ class _Routed:
         """See `RoutedExperts`."""
         slot = self._slot
         assert hidden.shape[0] == slot.num_tokens, "the micro-batch differs from the plan of the step"
+        dispatch = Exchange(Direction.DISPATCH, layer, self._micro_batch)
+        if slot.compiled is not None:
+            slot.compiled.send(hidden, topk_ids, topk_weights)
+            return _Away(self._link, self._tables, dispatch, slot, hidden)
         if slot.outgoing is not None:
             self._tables.pack(hidden, topk_ids, topk_weights, slot.outgoing)
-        dispatch = Exchange(Direction.DISPATCH, layer, self._micro_batch)
         self._link.start(dispatch, slot.dispatch)
         return _Away(self._link, self._tables, dispatch, slot, hidden)
 
@@ -156,8 +173,12 @@ class _Away:
     def wait(self) -> torch.Tensor:
         """See `PendingCombine`. Starts the combine here, not earlier: that is its place in the order."""
         slot = self._slot
-        self._link.end(self._dispatched, slot.dispatch)
+        if slot.compiled is None:
+            self._link.end(self._dispatched, slot.dispatch)
         combine = Exchange(Direction.COMBINE, self._dispatched.layer, self._dispatched.micro_batch)
         self._link.start(combine, slot.combine)
+        summed = None if slot.compiled is None else slot.compiled.receive()
+        if summed is not None:
+            return summed
         self._link.end(combine, slot.combine)
         return torch.empty_like(self._hidden) if slot.returning is None else self._tables.add_up(slot.returning)

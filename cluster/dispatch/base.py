@@ -5,6 +5,7 @@ from typing import Protocol
 
 import torch
 
+from model_shards.kernels.program import Halt, Program
 from model_shards.routed import RoutedExperts
 
 
@@ -50,6 +51,17 @@ class AttentionDispatcher(Protocol):
         ...
 
 
+class PreparedExperts(Protocol):
+    """A layer's experts as programs, of rows that lie in one place: `model_shards.compiled.experts.PreparedRows`."""
+
+    programs: list[Program]  # by the index among the MoE layers
+
+    @property
+    def is_current(self) -> bool:
+        """Whether they can be run still; if not, they are to be prepared anew."""
+        ...
+
+
 class ExpertCompute(Protocol):
     """A shard's routed experts: `model_shards.experts.ExpertShardModel`."""
 
@@ -62,6 +74,19 @@ class ExpertCompute(Protocol):
         /,
     ) -> torch.Tensor:
         """[R, H]: for each row the weighted sum of its experts' outputs; zeros for a row without experts."""
+        ...
+
+    def prepare(
+        self,
+        hidden: torch.Tensor,  # [R, H]
+        local_ids: torch.Tensor,  # [R, K] int32
+        weights: torch.Tensor,  # [R, K] float32
+        out: torch.Tensor,  # [R, H]
+        halt: Halt,
+        /,
+    ) -> PreparedExperts | None:
+        """`forward` to `out` of what lies there in each layer; halts where `forward` raises. None: there is only
+        `forward`."""
         ...
 
 

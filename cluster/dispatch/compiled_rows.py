@@ -3,7 +3,9 @@
 Shapes: T tokens, N expert shards, K experts per token, H hidden size.
 """
 
+import ctypes
 import functools
+from collections.abc import Sequence
 
 import torch
 
@@ -96,15 +98,23 @@ class CompiledPack:
             "shards": table.shape[0],
             "sent": sent.data_ptr(),
         }
-        self._calls = [Call(function, PACK_ARGUMENTS, **values) for function in (_pack(), _count())]
-        self._program = Program(self._calls)
+        self.calls = [Call(function, PACK_ARGUMENTS, **values) for function in (_pack(), _count())]
+        self._program = Program(self.calls)
 
     def pack(
         self, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, segments: DispatchSegments
     ) -> None:
         """See `pack_rows`."""
         hidden, ids, weights = hidden.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
+        self.place(hidden, ids, weights, segments)
+        self._program.run(torch.get_num_threads() if takes_a_team(hidden.shape[0]) else 1)
+
+    def place(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, segments: DispatchSegments) -> None:
+        """Says where rows are and where they go, for `calls` to pack them; contiguous tensors."""
         shards = segments.hidden.shape[0]
+        assert hidden.is_contiguous(), "rows lie one after another"
+        assert ids.is_contiguous(), "rows lie one after another"
+        assert weights.is_contiguous(), "rows lie one after another"
         assert hidden.dtype is segments.hidden.dtype, "segments are for rows of another dtype"
         assert segments.hidden.shape == (shards, *hidden.shape), "segments are for as many rows"
         assert segments.local_ids.shape == (shards, *ids.shape), "segments are for as many slots"
@@ -124,9 +134,13 @@ class CompiledPack:
             "to_weights": segments.weights.data_ptr(),
             "to_header": segments.header.data_ptr(),
         }
-        for call in self._calls:
+        for call in self.calls:
             call.set(**values)
-        self._program.run(torch.get_num_threads() if hidden.shape[0] >= _ROWS_OF_A_TEAM else 1)
+
+
+def takes_a_team(num_rows: int) -> bool:
+    """Whether packing and adding up are worth more than one thread."""
+    return num_rows >= _ROWS_OF_A_TEAM
 
 
 SUM_ARGUMENTS = (
@@ -160,30 +174,61 @@ def can_sum(returned: torch.Tensor) -> bool:
     return returned.device.type == "cpu" and returned.dtype in _KINDS and returned.shape[2] % LANES == 0
 
 
-class CompiledSum:
-    """`layout.sum_rows` of parts that `can_sum`. For one thread."""
+def sum_call(returned: torch.Tensor, out: torch.Tensor) -> Call:
+    """`layout.sum_rows` of parts that `can_sum`, [N, T, H], which may lie apart, to [T, H]."""
+    count, rows, size = returned.shape
+    assert returned[0].is_contiguous(), "rows of a part lie one after another"
+    assert out.shape == (rows, size), "as many as of a part"
+    assert out.is_contiguous(), "rows lie one after another"
+    assert out.dtype is returned.dtype, "as the parts are"
+    return Call(
+        _sum(_KINDS[returned.dtype]),
+        SUM_ARGUMENTS,
+        rows=rows,
+        parts=returned.data_ptr(),
+        part_bytes=returned.stride(0) * returned.element_size(),
+        count=count,
+        out=out.data_ptr(),
+        size=size,
+    )
 
-    def __init__(self) -> None:
-        self._calls: dict[torch.dtype, Call] = {}
 
-    def sum(self, returned: torch.Tensor) -> torch.Tensor:
-        """[N, T, H], parts that may lie apart, to [T, H]."""
-        count, rows, size = returned.shape
-        assert returned[0].is_contiguous(), "rows of a part lie one after another"
-        out = torch.empty(rows, size, dtype=returned.dtype)
-        call = self._call(returned.dtype)
-        call.set(
-            rows=rows,
-            parts=returned.data_ptr(),
-            part_bytes=returned.stride(0) * returned.element_size(),
-            count=count,
-            out=out.data_ptr(),
-            size=size,
-        )
-        call.run(torch.get_num_threads() if rows >= _ROWS_OF_A_TEAM else 1)
-        return out
+def compiled_sum(returned: torch.Tensor) -> torch.Tensor:
+    """`layout.sum_rows` of parts that `can_sum`: [N, T, H], parts that may lie apart, to [T, H]."""
+    out = torch.empty(returned.shape[1:], dtype=returned.dtype)
+    call = sum_call(returned, out)
+    call.run(torch.get_num_threads() if takes_a_team(out.shape[0]) else 1)
+    return out
 
-    def _call(self, dtype: torch.dtype) -> Call:
-        if dtype not in self._calls:
-            self._calls[dtype] = Call(_sum(_KINDS[dtype]), SUM_ARGUMENTS, **dict.fromkeys(SUM_ARGUMENTS, 0))
-        return self._calls[dtype]
+
+COPY_ARGUMENTS = (
+    "count",
+    "copies",  # address of int64 [count, 3]: source, target, bytes
+)
+
+
+@functools.cache
+def _copy() -> TeamFunction:
+    """Pieces are copies."""
+    build = Builder(COPY_ARGUMENTS)
+    given = build.arguments
+    with build.pieces(given["count"]) as index:
+        at = build.at(given["copies"], (index, 24))
+        source, target, size = (build.int_at(build.at(at, (build.const(place), 8))) for place in range(3))
+        build.copy(source, target, size)
+    return TeamFunction(build.finish())
+
+
+class Copies:
+    """Contiguous tensors to others of their size, in one call of a program."""
+
+    def __init__(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self._kept = tuple(pairs)  # the call has their addresses only
+        numbers: list[int] = []
+        for source, target in pairs:
+            assert source.is_contiguous(), "rows lie one after another"
+            assert target.is_contiguous(), "rows lie one after another"
+            assert source.nbytes == target.nbytes, "all of it"
+            numbers += [source.data_ptr(), target.data_ptr(), source.nbytes]
+        self._numbers = (ctypes.c_int64 * len(numbers))(*numbers)
+        self.call = Call(_copy(), COPY_ARGUMENTS, count=len(pairs), copies=ctypes.addressof(self._numbers))

@@ -7,8 +7,8 @@ import torch
 
 from cluster.dispatch.attention import ExpertTables
 from cluster.dispatch.base import ExpertCompute, StepPlan
-from cluster.dispatch.expert import RowBatch
 from cluster.dispatch.layout import RowShape
+from cluster.dispatch.row_batch import RowBatch
 from cluster.dispatch.transport import BufferPool
 from model_shards.placement import ExpertPlacement
 from model_shards.routed import PendingCombine, RoutedExperts

@@ -57,6 +57,8 @@ class ExchangeTrace:
 class TracedLink(Link):
     """A link whose waits are recorded."""
 
+    is_traced = True
+
     def __init__(self, transport: Transport, epoch: int, rank_name: str, trace: ExchangeTrace) -> None:
         super().__init__(transport, epoch, rank_name)
         self._trace = trace

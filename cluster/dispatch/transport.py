@@ -81,7 +81,7 @@ class SharedTransport:
         self._timeout_s = timeout_s
 
     def carrier(self, lane: Lane) -> Carrier:
-        return _SharedCarrier(self._mesh, lane, self._timeout_s)
+        return SharedCarrier(self._mesh, lane, self._timeout_s)
 
 
 class _GroupCarrier:
@@ -117,19 +117,21 @@ class _StagedCarrier:
         self._lane.recv.copy_(self._recv)
 
 
-class _SharedCarrier:
+class SharedCarrier:
+    """What it sends and receives may be calls of a program: `sender.call` in place of a start with something to send,
+    `receiver.call` between `start` and `end`, which then waits only for what is missing."""
+
     def __init__(self, mesh: Mesh, lane: Lane, timeout_s: float) -> None:
-        self._sender = mesh.sender(tuple(_segments(lane.send, lane.send_splits)))
-        self._receiver = mesh.receiver(tuple(_segments(lane.recv, lane.recv_splits)))
+        self.sender = mesh.sender(tuple(_segments(lane.send, lane.send_splits)))
+        self.receiver = mesh.receiver(tuple(_segments(lane.recv, lane.recv_splits)))
         self._timeout_s = timeout_s
-        self._deadline = 0.0
 
     def start(self) -> None:
-        self._deadline = time.monotonic() + self._timeout_s
-        self._sender.send()
+        self.receiver.expect(time.monotonic() + self._timeout_s)
+        self.sender.send()
 
     def end(self) -> None:
-        self._receiver.receive(self._deadline)
+        self.receiver.receive()
 
 
 def _segments(buffer: torch.Tensor, splits: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
@@ -143,6 +145,8 @@ def _segments(buffer: torch.Tensor, splits: list[int]) -> Iterator[tuple[int, to
 
 class Link:
     """A rank's end of the exchanges of one epoch. Every rank must start the same exchanges in the same order."""
+
+    is_traced = False  # whether waits are to be seen here, all of them
 
     def __init__(self, transport: Transport, epoch: int, rank_name: str) -> None:
         self._transport = transport

@@ -1,8 +1,8 @@
 """Sending and receiving as compiled calls: what a rank does twice in every layer, each time after weights have gone
 through all caches, so that every line of Python would come from memory anew.
 
-Both only do what goes well. A message that is not there, or not as it is due, is left to `cluster.shm.mesh`, which knows
-what to say.
+Both only do what goes well. A message that is not there, or not as it is due, is left to `cluster.shm.mesh`, which
+knows what to say.
 """
 
 import functools
@@ -23,7 +23,7 @@ OUTGOING = (
     "number",  # of the message sent last
     "ring",  # of descriptors
     "regions",  # int64 [RING]: the offset of each slot's room
-    "data",  # of the address of the data
+    "data",  # of the address of the data, and of its size
     "semaphore",
 )
 # Of a message that is due.
@@ -44,12 +44,13 @@ RECEIVE_ARGUMENTS = (
     "seconds",  # of the deadline on the monotonic clock; with the next one a timespec
     "nanoseconds",
     "taken",  # written: 1 when the semaphore of the message that ended the call was taken
+    "halt",  # address, written when a message is not as it is due
 )
 
 
 @functools.cache
 def send_code() -> TeamFunction:
-    """Writes all messages, in order; then wakes their readers, in order."""
+    """Writes all messages, in order; then wakes their readers, in order. Where the outbox is closed nothing is sent."""
     build = Builder(SEND_ARGUMENTS)
     given = build.arguments
     with build.only_first():
@@ -58,17 +59,19 @@ def send_code() -> TeamFunction:
             number = build.ir.add(build.int_at(message.get("number")), build.const(1))
             slot = build.ir.and_(number, build.const(RING - 1))
             offset = build.int_at(build.at(message.get("regions"), (slot, 8)))
-            target = build.ir.add(build.int_at(message.get("data")), offset)
-            build.copy(message.get("source"), target, message.get("size"))
-            descriptor = build.at(message.get("ring"), (slot, 8 * DESCRIPTOR))
-            build.put_int(build.at(descriptor, (build.const(1), 8)), offset)
-            build.put_int(build.at(descriptor, (build.const(2), 8)), message.get("size"))
-            build.ir.fence("release")
-            build.put_int(descriptor, number)
-            build.put_int(message.get("number"), number)
+            with build.ir.if_then(_is_open(build, message)):
+                target = build.ir.add(build.int_at(message.get("data")), offset)
+                build.copy(message.get("source"), target, message.get("size"))
+                descriptor = build.at(message.get("ring"), (slot, 8 * DESCRIPTOR))
+                build.put_int(build.at(descriptor, (build.const(1), 8)), offset)
+                build.put_int(build.at(descriptor, (build.const(2), 8)), message.get("size"))
+                build.ir.fence("release")
+                build.put_int(descriptor, number)
+                build.put_int(message.get("number"), number)
         with build.loop(given["count"]) as index:
-            semaphore = _Message(build, given["messages"], index, OUTGOING).get("semaphore")
-            build.call("sem_post", I32, (build.pointer(semaphore),))
+            message = _Message(build, given["messages"], index, OUTGOING)
+            with build.ir.if_then(_is_open(build, message)):
+                build.call("sem_post", I32, (build.pointer(message.get("semaphore")),))
     return TeamFunction(build.finish(), functions())
 
 
@@ -93,8 +96,17 @@ def receive_code() -> TeamFunction:
                 build.put_int(taken, waited)
                 goes_well.set(_take(build, message, waited))
         all_are_here = build.ir.icmp_signed("!=", goes_well.get(), build.const(0))
-        build.put_int(here, build.ir.select(all_are_here, given["count"], build.int_at(here)))
+        with build.ir.if_else(all_are_here) as (all_here, some_are_not):
+            with all_here:
+                build.put_int(here, given["count"])
+            with some_are_not:
+                build.put_int(given["halt"], build.const(1))
     return TeamFunction(build.finish(), functions())
+
+
+def _is_open(build: Builder, message: "_Message") -> Value:
+    """Whether there is data to write to."""
+    return build.ir.icmp_signed("!=", build.int_at(message.get("data")), build.const(0))
 
 
 def _take(build: Builder, message: "_Message", waited: Value) -> Value:

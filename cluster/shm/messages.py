@@ -1,4 +1,4 @@
-"""The messages of one rank to, or from, its peers, of the same sizes and in the same places in every layer of a step."""
+"""Messages of one rank to its peers, or from them: of the same sizes, and in the same places, in every layer."""
 
 import ctypes
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ import torch
 
 from cluster.shm.calls import INCOMING, OUTGOING, RECEIVE_ARGUMENTS, SEND_ARGUMENTS, receive_code, send_code
 from cluster.shm.outbox import Inbox, Outbox, Way
-from model_shards.kernels.program import Call
+from model_shards.kernels.program import Call, Halt
 
 # (rank, where the message goes, deadline, whether its semaphore was taken): waits for it, or raises.
 Finish = Callable[[int, torch.Tensor, float, bool], None]
@@ -21,16 +21,15 @@ class Sender:
         self._outbox = outbox
         self._messages = messages  # kept: the call has their addresses only
         self._parts = _parts(OUTGOING, [("source", outbox.way(rank), message) for rank, message in messages])
-        self._call = Call(
-            send_code(), SEND_ARGUMENTS, count=len(messages), messages=ctypes.addressof(self._parts)
-        )
+        # What `send` does, as one call of a program; sends nothing once the outbox is closed.
+        self.call = Call(send_code(), SEND_ARGUMENTS, count=len(messages), messages=ctypes.addressof(self._parts))
 
     def send(self) -> None:
-        """Copies all of them, then wakes their readers; does not wait. Raises RuntimeError when the outbox is closed."""
+        """Copies all of them, then wakes their readers. Raises RuntimeError when the outbox is closed."""
         if self._outbox.is_closed:
             raise RuntimeError("this rank has left the epoch")
         if self._messages:
-            self._call.run(1)
+            self.call.run(1)
 
 
 class Receiver:
@@ -41,7 +40,10 @@ class Receiver:
         self._messages = messages  # kept: the call has their addresses only
         self._finish = finish
         self._parts = _parts(INCOMING, [("target", inbox.way(), out) for _, inbox, out in messages])
-        self._call = Call(
+        self._deadline = 0.0
+        self.halt = Halt()
+        # What `receive` does while all goes well, as one call of a program, which halts otherwise.
+        self.call = Call(
             receive_code(),
             RECEIVE_ARGUMENTS,
             count=len(messages),
@@ -50,21 +52,25 @@ class Receiver:
             seconds=0,
             nanoseconds=0,
             taken=0,
+            halt=self.halt.address,
         )
 
-    def receive(self, deadline: float) -> None:
-        """Waits for all of them; `deadline` is on time.monotonic()'s clock. Raises what `finish` raises."""
-        self._call.set(first=0, seconds=int(deadline), nanoseconds=int(deadline % 1 * 1e9))
-        while (done := self._run()) < len(self._messages):
-            rank, _, out = self._messages[done]
-            self._finish(rank, out, deadline, bool(self._call.get("taken")))
-            self._call.set(first=done + 1)
+    def expect(self, deadline: float) -> None:
+        """The next message of each peer is to be received; `deadline` is on time.monotonic()'s clock."""
+        self._deadline = deadline
+        self.halt.clear()
+        self.call.set(first=0, seconds=int(deadline), nanoseconds=int(deadline % 1 * 1e9), taken=0)
 
-    def _run(self) -> int:
-        """The index of the message that is not as it is due; their number: none."""
-        if self._call.get("first") < len(self._messages):
-            self._call.run(1)
-        return self._call.get("first")
+    def receive(self) -> None:
+        """Waits for all that `call` has not received yet. Raises what `finish` raises."""
+        while (first := self.call.get("first")) < len(self._messages):
+            if self.halt.is_set:
+                rank, _, out = self._messages[first]
+                self._finish(rank, out, self._deadline, bool(self.call.get("taken")))
+                self.halt.clear()
+                self.call.set(first=first + 1)
+            else:
+                self.call.run(1)
 
 
 def _parts(names: Sequence[str], messages: Sequence[tuple[str, Way, torch.Tensor]]) -> "ctypes.Array[ctypes.c_int64]":

@@ -33,12 +33,13 @@ from model_shards.rope import attention_scale
 
 @dataclass(frozen=True)
 class _Programs:
-    """Of one layer. `whole` is enter, attend and leave in one call."""
+    """Of one layer. `whole` is enter, attend and leave in one call, `all` is that and mlp."""
 
     enter: Program
     attend: Program
     leave: Program
     whole: Program
+    all: Program
     mlp: Program
     residual: Call  # what adds the layer before to the residual: of `enter`
     decode: Call  # of `attend`
@@ -141,9 +142,10 @@ class Lane:
         """From `attended` to what the MLP reads, and whom it is sent to."""
         self._programs[layer].leave.run(threads)
 
-    def whole(self, layer: int, threads: int) -> None:
-        """`enter`, `attend` and `leave` of a micro-batch of decodes alone."""
-        self._programs[layer].whole.run(threads)
+    def whole(self, layer: int, threads: int, with_mlp: bool) -> None:
+        """`enter`, `attend` and `leave` of a micro-batch of decodes alone, and `mlp`."""
+        programs = self._programs[layer]
+        (programs.all if with_mlp else programs.whole).run(threads)
 
     def mlp(self, layer: int, threads: int) -> None:
         """The dense MLP, or the shared experts; the next layer adds it."""
@@ -174,12 +176,14 @@ class Lane:
         enter = [residual, *self._enter_calls(index, cache)]
         attend = [self._absorb_call(layer), decode, self._value_call(layer)]
         leave = self._leave_calls(layer)
+        mlp = self._mlp_calls(layer)
         return _Programs(
             enter=Program(enter),
             attend=Program(attend),
             leave=Program(leave),
             whole=Program([*enter, *attend, *leave]),
-            mlp=Program(self._mlp_calls(layer)),
+            all=Program([*enter, *attend, *leave, *mlp]),
+            mlp=Program(mlp),
             residual=residual,
             decode=decode,
         )

@@ -61,22 +61,27 @@ class CompiledLayers:
             self._cache = weakref.ref(kv_cache)
         with self._lane() as lane:
             lane.begin(batch, embedded, rotary, plan, kv_cache)
+            # The same tensors for every layer: what sends them away then knows already where they are.
+            normed, ids, weights = (lane.rows(name) for name in ("normed", "expert_ids", "expert_weights"))
+            threads = self._threads()
+            only_decodes = lane.writes_cache and not plan.prefills
             for index, layer in enumerate(self._layers):
-                self._attention(lane, index, rotary, batch, plan, kv_cache)
-                if layer.gate is None:
-                    lane.mlp(index, self._threads())
-                    continue
-                ids, weights = lane.rows("expert_ids"), lane.rows("expert_weights")
                 # Where the experts' ranks compute on these cores there is nothing to gain from computing beside them.
-                if self.shares_cores:
-                    lane.mlp(index, self._threads())
-                pending = routed.dispatch(index, lane.rows("normed"), ids, weights)
-                if not self.shares_cores:
-                    lane.mlp(index, self._threads())
+                beside = layer.gate is not None and not self.shares_cores
+                if only_decodes:
+                    lane.whole(index, threads, with_mlp=not beside)
+                else:
+                    self._attention(lane, index, rotary, batch, plan, kv_cache)
+                    if not beside:
+                        lane.mlp(index, threads)
+                if layer.gate is None:
+                    continue
+                pending = routed.dispatch(index, normed, ids, weights)
+                if beside:
+                    lane.mlp(index, threads)
                 yield
-                summed = pending.wait()
-                lane.add_routed(index + 1, summed)
-            return lane.finish(self._threads()).clone()
+                lane.add_routed(index + 1, pending.wait())
+            return lane.finish(threads).clone()
 
     def _attention(
         self,
@@ -87,11 +92,8 @@ class CompiledLayers:
         plan: AttentionPlan,
         kv_cache: LatentKVCache,
     ) -> None:
-        """From the residual to what the experts read."""
+        """From the residual to what the experts read, with prefills or another cache than the programs know."""
         threads = self._threads()
-        if lane.writes_cache and not plan.prefills:
-            lane.whole(index, threads)
-            return
         lane.enter(index, threads)
         if not lane.writes_cache:
             self._write_latents(lane, index, rotary, batch, kv_cache)

@@ -16,7 +16,8 @@ SORT_ARGUMENTS = (
     "counts",  # address of int64 [E]
     "ends",  # address of int64 [E], to compute in
     "places",  # address of int64 [R * K]; below 0: none
-    "pairs",  # address of P; -1 when an id is not below E: nothing is sorted then
+    "pairs",  # address of P; -1 when an id is not below E: no slot has a pair then
+    "halt",  # address, written then
 )
 
 
@@ -34,6 +35,10 @@ def sort_pairs() -> TeamFunction:
             is_beyond = build.ir.icmp_signed(">=", expert, given["experts"])
             beyond.set(build.ir.select(is_beyond, one, beyond.get()))
         is_wrong = build.ir.icmp_signed("!=", beyond.get(), zero)
+        with build.ir.if_then(is_wrong):
+            build.put_int(given["halt"], one)
+            with build.loop(slots) as slot:
+                build.put_int(build.at(given["places"], (slot, 8)), build.const(-1))
         slots = build.ir.select(is_wrong, zero, slots)
         with build.loop(given["experts"]) as expert:
             build.put_int(build.at(given["counts"], (expert, 8)), zero)

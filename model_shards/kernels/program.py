@@ -3,7 +3,10 @@
 A *call* is a function with what it is told, at an address that stays. The team goes through the calls of a program
 together: nobody begins one before all have ended the one before.
 
-    program   [ number of calls | function, arguments | function, arguments | ... ]      eight bytes each
+    program   [ number of calls | halt | function, arguments | function, arguments | ... ]      eight bytes each
+
+A program may be one of the calls of another. A call that finds that it cannot do its part *halts* the program: the
+calls after it are left out.
 """
 
 import ctypes
@@ -23,6 +26,11 @@ class Call:
         self.function = function
         self._places = {name: place for place, name in enumerate(names)}
         self._values = (ctypes.c_int64 * len(names))(*(values[name] for name in names))
+
+    @property
+    def share(self) -> int:
+        """Address of the function."""
+        return self.function.share
 
     @property
     def address(self) -> int:
@@ -48,13 +56,47 @@ def float_bits(value: float) -> int:
     return int(struct.unpack("I", struct.pack("f", value))[0])
 
 
+class Halt:
+    """What calls halt a program by: they write another number than 0 there."""
+
+    def __init__(self) -> None:
+        self._value = ctypes.c_int64(0)
+
+    @property
+    def address(self) -> int:
+        """Where calls write."""
+        return ctypes.addressof(self._value)
+
+    @property
+    def is_set(self) -> bool:
+        """Whether one did."""
+        return bool(self._value.value)
+
+    def clear(self) -> None:
+        """Before the program runs again."""
+        self._value.value = 0
+
+
 class Program:
     """Calls in order. What their arguments point at must live as long as it runs."""
 
-    def __init__(self, calls: Sequence[Call]) -> None:
-        self._calls = tuple(calls)  # kept: the program has their addresses only
-        pairs = (number for call in self._calls for number in (call.function.share, call.address))
-        self._text = (ctypes.c_int64 * (1 + 2 * len(self._calls)))(len(self._calls), *pairs)
+    def __init__(self, calls: "Sequence[Call | Program]", halt: Halt | None = None) -> None:
+        """Without `halt` no call halts it. Programs within that are to halt it have the same `halt`."""
+        self._calls, self._halt = tuple(calls), halt  # kept: the program has their addresses only
+        numbers = [len(self._calls), 0 if halt is None else halt.address]
+        for call in self._calls:
+            numbers += [call.share, call.address]
+        self._text = (ctypes.c_int64 * len(numbers))(*numbers)
+
+    @property
+    def share(self) -> int:
+        """Address of what runs it as a call of another program."""
+        return _runner().share
+
+    @property
+    def address(self) -> int:
+        """Of its text."""
+        return ctypes.addressof(self._text)
 
     def run(self, num_threads: int) -> None:
         """Runs all of them on a team of so many threads."""
@@ -67,14 +109,17 @@ _RUN = """
 define void @share(ptr %program, i64 %first, i64 %step) nounwind {
 entry:
   %count = load i64, ptr %program
+  %halt_at = getelementptr i8, ptr %program, i64 8
+  %halt = load ptr, ptr %halt_at
+  %never = icmp eq ptr %halt, null
   %alone = icmp eq i64 %step, 1
   %any = icmp sgt i64 %count, 0
   br i1 %any, label %call, label %done
 call:
-  %i = phi i64 [0, %entry], [%i_next, %joined]
+  %i = phi i64 [0, %entry], [%i_next, %next]
   %place = mul i64 %i, 16
-  %function_off = add i64 %place, 8
-  %arguments_off = add i64 %place, 16
+  %function_off = add i64 %place, 16
+  %arguments_off = add i64 %place, 24
   %function_at = getelementptr i8, ptr %program, i64 %function_off
   %arguments_at = getelementptr i8, ptr %program, i64 %arguments_off
   %function = load ptr, ptr %function_at
@@ -86,6 +131,12 @@ wait:
   br label %joined
 joined:
   %i_next = add i64 %i, 1
+  br i1 %never, label %next, label %ask
+ask:
+  %halted = load i64, ptr %halt
+  %goes_on = icmp eq i64 %halted, 0
+  br i1 %goes_on, label %next, label %done
+next:
   %more = icmp slt i64 %i_next, %count
   br i1 %more, label %call, label %done
 done:

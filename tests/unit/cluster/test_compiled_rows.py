@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.dispatch import compiled_rows
-from cluster.dispatch.compiled_rows import CompiledPack, CompiledSum, can_sum
+from cluster.dispatch.compiled_rows import CompiledPack, can_sum, compiled_sum
 from cluster.dispatch.layout import RowShape, local_id_table, pack_rows, sum_rows
 from model_shards.placement import ExpertPlacement
 
@@ -66,7 +66,7 @@ def test_parts_are_added_in_order_in_float32(dtype, count, threads) -> None:
     expected = torch.zeros(9, 48)
     for part in parts:
         expected += part
-    summed = CompiledSum().sum(lying_apart)
+    summed = compiled_sum(lying_apart)
     assert torch.equal(summed, expected.to(dtype))
     assert torch.allclose(summed.float(), sum_rows(parts).float(), rtol=2**-7, atol=1e-5)
 

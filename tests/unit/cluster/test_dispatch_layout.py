@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.dispatch.base import StepPlan
-from cluster.dispatch.expert import DeviceFence, Fence, HostFence
+from cluster.dispatch.fence import DeviceFence, Fence, HostFence
 from cluster.dispatch.layout import DispatchSegments, RowShape, local_id_table, pack_rows, sum_rows
 from cluster.dispatch.local import LocalDispatcher
 from model_shards.errors import EpochAbortedError

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from cluster.membership import Membership, Rendezvous
-from cluster.shm.mesh import Address, Mesh, PeerLostError, address_of, host_identity, supported
 from cluster.shm.calls import RING
+from cluster.shm.mesh import Address, Mesh, PeerLostError, address_of, host_identity, supported
 from cluster.shm.messages import Sender
 from cluster.shm.outbox import Inbox, Outbox
 from cluster.shm.semaphore import Semaphore
@@ -42,7 +42,9 @@ def send(outbox, reader, content):
 
 
 def receive(mesh, rank, out, deadline):
-    mesh.receiver([(rank, out)]).receive(deadline)
+    receiver = mesh.receiver([(rank, out)])
+    receiver.expect(deadline)
+    receiver.receive()
 
 
 def inbox_of(outbox, reader=1, world_size=2):
@@ -247,13 +249,13 @@ def test_nobody_is_woken_before_all_messages_are_written():
     sender = Sender(outbox, [(1, message(7)), (2, large)])
     found = []
 
-    def look():
+    def look(number):
         first.wait_data(soon())
         # Only the descriptor: to copy would give the sender time.
         found.append(int(last._box.descriptors[number % RING, 0]) == number)
 
     for number in range(1, 21):
-        reader = threading.Thread(target=look)
+        reader = threading.Thread(target=look, args=(number,))
         reader.start()
         sender.send()
         reader.join(10.0)
@@ -299,7 +301,8 @@ def test_messages_are_received_whole_whatever_order_their_peers_send_in_and_howe
             timers = [threading.Timer(0.01 * place, senders[which].send) for place, which in enumerate(order)]
             for timer in timers:
                 timer.start()
-            receiver.receive(soon())
+            receiver.expect(soon())
+            receiver.receive()
             assert all(bool((out == step).all()) for out in outs)
             for timer in timers:
                 timer.join(10.0)
