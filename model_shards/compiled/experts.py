@@ -72,7 +72,7 @@ class PreparedRows:
     ) -> None:
         memory.make_room(local_ids.numel(), local_ids.numel())
         self._memory, self._moves = memory, memory.moves
-        calls = RowCalls(memory, hidden, local_ids, weights, out, halt)
+        self._calls = calls = RowCalls(memory, hidden, local_ids, weights, out, halt)  # the programs have addresses
         # By the layer's index among those of the shard.
         self.programs = [
             Program([calls.sort, calls.gather, *memory.products(index), calls.sum], halt) for index in range(num_layers)

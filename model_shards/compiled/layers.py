@@ -80,7 +80,8 @@ class CompiledLayers:
                 if beside:
                     lane.mlp(index, threads)
                 yield
-                lane.add_routed(index + 1, pending.wait())
+                summed = pending.wait()  # kept until the next layer has read it
+                lane.add_routed(index + 1, summed)
             return lane.finish(threads).clone()
 
     def _attention(
