@@ -3,8 +3,9 @@
 Expert e of layer l multiplies a token by (e + 1) * (l + 1), so every wrong row, id, weight or layer shows.
 """
 
+import ctypes
 import random
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,6 +18,7 @@ from cluster.rendezvous import connect_rendezvous
 from cluster.step_header import HeaderExchange, StepHeader
 from cluster.topology import Role, Topology
 from model_shards.config import ModelConfig, RopeConfig
+from model_shards.kernels.program import Call, Halt, Program
 from model_shards.pipeline import run_micro_batches
 from model_shards.placement import contiguous_placement
 from model_shards.routed import RoutedExperts
@@ -24,7 +26,7 @@ from model_shards.routed import RoutedExperts
 NUM_EXPERTS = 10
 CONFIG = ModelConfig(
     vocab_size=8,
-    hidden_size=12,
+    hidden_size=16,
     intermediate_size=8,
     moe_intermediate_size=8,
     num_hidden_layers=4,
@@ -65,8 +67,61 @@ class FakeShard:
         factors = torch.where(local_ids >= 0, factors, 0.0)
         return (hidden.float() * factors.sum(dim=1, keepdim=True) * (layer + 1)).to(hidden.dtype)
 
-    def prepare(self, *rows: object) -> None:
-        """There is only `forward`."""
+    def prepare(
+        self,
+        hidden: torch.Tensor,
+        local_ids: torch.Tensor,
+        weights: torch.Tensor,
+        out: torch.Tensor,
+        halt: Halt,
+    ) -> "PreparedFake | None":
+        """Of up to eight rows, so that steps are computed in both ways."""
+        return PreparedFake(self, hidden, local_ids, weights, out) if hidden.shape[0] <= 8 else None
+
+
+class PreparedFake:
+    """`FakeShard.forward` as programs, of use once for each layer: then all is as if memory had moved."""
+
+    def __init__(
+        self,
+        shard: FakeShard,
+        hidden: torch.Tensor,
+        local_ids: torch.Tensor,
+        weights: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        self._left = len(CONFIG.moe_layers)
+        self.programs: list[Program] = []
+        for layer in CONFIG.moe_layers:
+
+            def compute(layer: int = layer) -> None:
+                self._left -= 1
+                out.copy_(shard.forward(layer, hidden, local_ids, weights))
+
+            self.programs.append(Program([PythonCall(compute)]))
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it can be run still."""
+        return self._left > 0
+
+
+class PythonCall(Call):
+    """A function without arguments that must not raise, as one call of a program."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        signature = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+        self._callback = signature(lambda arguments, first, step: function() if first == 0 else None)
+
+    @property
+    def share(self) -> int:
+        """See `Call`."""
+        return ctypes.cast(self._callback, ctypes.c_void_p).value or 0
+
+    @property
+    def address(self) -> int:
+        """There are no arguments."""
+        return 0
 
 
 def slow_moe(layer: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:

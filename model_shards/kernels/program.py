@@ -83,6 +83,7 @@ class Program:
     def __init__(self, calls: "Sequence[Call | Program]", halt: Halt | None = None) -> None:
         """Without `halt` no call halts it. Programs within that are to halt it have the same `halt`."""
         self._calls, self._halt = tuple(calls), halt  # kept: the program has their addresses only
+        self._runner = _runner()
         numbers = [len(self._calls), 0 if halt is None else halt.address]
         for call in self._calls:
             numbers += [call.share, call.address]
@@ -91,7 +92,7 @@ class Program:
     @property
     def share(self) -> int:
         """Address of what runs it as a call of another program."""
-        return _runner().share
+        return self._runner.share
 
     @property
     def address(self) -> int:
@@ -100,7 +101,7 @@ class Program:
 
     def run(self, num_threads: int) -> None:
         """Runs all of them on a team of so many threads."""
-        _runner().run(self._text, num_threads)
+        self._runner.run(self._text, num_threads)
 
 
 _BARRIER = "declare void @GOMP_barrier()"

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from model_shards.config import ModelConfig
 from model_shards.experts import ExpertShardModel
+from model_shards.kernels.program import Halt
 from model_shards.packing import program_instructions
 from model_shards.quantization import SCALE_SUFFIX, Quantization
 from tests.reference import CPU, make_hf_config, model_config_of, relative_error
@@ -143,3 +144,66 @@ def test_a_model_without_routed_layers_has_nothing_to_compile() -> None:
     shard = ExpertShardModel(dense, (0, 1), torch.bfloat16, CPU)
     shard.lay_out()
     assert shard._compiled is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prepared_rows_are_the_same_to_the_bit_in_every_layer_and_whatever_is_written_over_them(kind) -> None:
+    compiled = SHARDS[kind][1]
+    generator = torch.Generator().manual_seed(3)
+    hidden, out = torch.empty(7, 96, dtype=torch.bfloat16), torch.empty(7, 96, dtype=torch.bfloat16)
+    local_ids, weights = torch.zeros(7, 3, dtype=torch.int32), torch.empty(7, 3)
+    halt = Halt()
+    prepared = compiled.prepare(hidden, local_ids, weights, out, halt)
+    assert prepared is not None
+    for _ in range(3):
+        for index, layer in enumerate(config().moe_layers):
+            hidden.copy_(torch.randn(7, 96, generator=generator))
+            local_ids.copy_(torch.randint(-1, len(EXPERTS), (7, 3), generator=generator))
+            weights.copy_(torch.rand(7, 3, generator=generator))
+            prepared.programs[index].run(1 + index % 2)
+            assert torch.equal(out, compiled(layer, hidden, local_ids, weights))
+    assert prepared.is_current
+    assert not halt.is_set
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prepared_rows_are_of_no_use_once_memory_has_moved_and_many_rows_are_not_prepared(kind) -> None:
+    compiled = shard(kind, config())
+    compiled.lay_out()
+
+    def rows(count: int) -> tuple[torch.Tensor, ...]:
+        hidden = torch.ones(count, 96).bfloat16()
+        return hidden, torch.zeros(count, 3, dtype=torch.int32), torch.ones(count, 3), torch.empty_like(hidden)
+
+    few = rows(2)
+    prepared = compiled.prepare(*few, Halt())
+    assert prepared is not None
+    assert prepared.is_current
+    compiled(config().moe_layers[0], *rows(100)[:3])
+    assert not prepared.is_current
+    again = compiled.prepare(*few, Halt())
+    assert again is not None
+    again.programs[0].run(1)
+    assert torch.equal(few[3], compiled(config().moe_layers[0], *few[:3]))
+    assert compiled.prepare(*rows(512), Halt()) is not None
+    assert compiled.prepare(*rows(513), Halt()) is None
+    assert shard(kind, config()).prepare(*few, Halt()) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_expert_that_is_not_here_halts_prepared_rows(kind) -> None:
+    compiled = SHARDS[kind][1]
+    hidden, out = torch.ones(4, 96).bfloat16(), torch.full((4, 96), 3.0, dtype=torch.bfloat16)
+    local_ids, weights = torch.tensor([[0, 1, 2]] * 4, dtype=torch.int32), torch.ones(4, 3)
+    halt = Halt()
+    prepared = compiled.prepare(hidden, local_ids, weights, out, halt)
+    assert prepared is not None
+    local_ids[2, 1] = len(EXPERTS)
+    prepared.programs[0].run(1)
+    assert halt.is_set
+    assert bool((out == 3.0).all())
+    local_ids[2, 1] = 1
+    halt.clear()
+    prepared.programs[0].run(1)
+    assert not halt.is_set
+    assert torch.equal(out, compiled(config().moe_layers[0], hidden, local_ids, weights))

@@ -1,0 +1,203 @@
+"""Exchanges through shared memory as programs, between threads of this process, against the way that many rows go."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cluster.dispatch import StepPlan, make_attention_dispatcher, make_expert_dispatcher
+from cluster.dispatch.row_batch import RowBatch
+from cluster.dispatch.trace import ExchangeTrace
+from cluster.membership import Membership, Rendezvous
+from cluster.shm.mesh import Mesh, address_of
+from cluster.shm.outbox import Outbox
+from cluster.topology import Topology
+from model_shards.errors import EpochAbortedError
+from model_shards.placement import contiguous_placement
+from tests.dispatch_cell import CONFIG, NUM_EXPERTS, FakeShard, exchange_only
+
+CPU = torch.device("cpu")
+DTYPE = torch.float32
+
+
+@contextlib.contextmanager
+def meshes(count: int) -> Iterator[list[Mesh]]:
+    outboxes = [Outbox(count) for _ in range(count)]
+    addresses = [address_of(outbox) for outbox in outboxes]
+    with contextlib.ExitStack() as stack:
+        made = [
+            Mesh(outbox, addresses, rank, [f"R{rank}" for rank in range(count)]) for rank, outbox in enumerate(outboxes)
+        ]
+        for mesh in made:
+            stack.callback(mesh.close)
+        yield made
+
+
+def membership(num_attention: int, num_expert: int, epoch: int = 1, timeout_s: float = 20.0) -> Membership:
+    topology = Topology(num_attention, num_expert)
+    placement = contiguous_placement(NUM_EXPERTS, num_expert)
+    return Membership(epoch, topology, placement, Rendezvous("127.0.0.1", 1), "shm", timeout_s, timeout_s)
+
+
+class Cell:
+    """Dispatchers of all ranks; a step runs each on a thread."""
+
+    def __init__(self, made: list[Mesh], members: Membership, trace: ExchangeTrace | None = None) -> None:
+        topology = members.topology
+        groups = [SimpleNamespace(mesh=mesh, data=None, backend="gloo") for mesh in made]
+        self.attention = [
+            make_attention_dispatcher(groups[rank], members, rank, CONFIG, DTYPE, CPU, trace)  # type: ignore[arg-type]
+            for rank in range(topology.num_attention)
+        ]
+        self.experts = [
+            make_expert_dispatcher(groups[topology.num_attention + rank], members, rank, CONFIG, DTYPE, CPU, trace)  # type: ignore[arg-type]
+            for rank in range(topology.num_expert)
+        ]
+        self.shards = [FakeShard(experts) for experts in members.placement.shards]
+        self.seed = 0
+
+    def step(self, plan: StepPlan) -> dict[str, BaseException]:
+        """The errors of ranks that met one."""
+        self.seed += 1
+        errors: dict[str, BaseException] = {}
+
+        def guarded(name: str, function: Callable[[], object]) -> None:
+            try:
+                function()
+            except BaseException as error:
+                errors[name] = error
+
+        def attend(rank: int) -> None:
+            self.attention[rank].begin_step(plan)
+            routed = self.attention[rank].routed(0)
+            assert routed is not None
+            for _ in exchange_only(routed, f"{self.seed}/{rank}", plan.tokens[rank][0], DTYPE, CPU):
+                pass
+
+        def answer(rank: int) -> None:
+            self.experts[rank].run_step(plan, self.shards[rank])
+
+        roles = (("A", attend, len(self.attention)), ("E", answer, len(self.experts)))
+        threads = [
+            threading.Thread(target=guarded, args=(f"{role}{rank}", lambda run=run, rank=rank: run(rank)))
+            for role, run, count in roles
+            for rank in range(count)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60.0)
+        return errors
+
+
+@pytest.fixture
+def computed_in_the_other_way(monkeypatch) -> list[int]:
+    """The layers that were."""
+    layers: list[int] = []
+    compute = RowBatch.compute
+
+    def counted(self, layer, shard):
+        layers.append(layer)
+        compute(self, layer, shard)
+
+    monkeypatch.setattr(RowBatch, "compute", counted)
+    return layers
+
+
+@pytest.mark.parametrize(("shape", "tokens"), [((1, 2), (3,)), ((2, 1), (2, 4)), ((2, 3), (0, 5))])
+def test_few_rows_go_through_programs_alone_once_their_memory_is_known(
+    shape, tokens, computed_in_the_other_way
+) -> None:
+    members = membership(*shape)
+    plan = StepPlan(1, tuple((count,) for count in tokens))
+    with meshes(sum(shape)) as made:
+        cell = Cell(made, members)
+        assert cell.step(plan) == {}
+        # Where a peer's memory is not mapped yet, a program halts, and the other way maps it.
+        assert computed_in_the_other_way
+        computed_in_the_other_way.clear()
+        for _ in range(5):
+            assert cell.step(plan) == {}
+        assert computed_in_the_other_way == []
+        sent = sum(sum(attention.rows_sent) for attention in cell.attention)
+        assert sent == sum(expert.rows_received for expert in cell.experts) > 0
+
+
+def test_many_rows_and_few_take_turns(computed_in_the_other_way) -> None:
+    members = membership(1, 2)
+    with meshes(3) as made:
+        cell = Cell(made, members)
+        for count in (3, 20, 3, 300, 3, 3, 1, 20):
+            computed_in_the_other_way.clear()
+            assert cell.step(StepPlan(1, ((count,),))) == {}
+            if count > 8:
+                assert len(computed_in_the_other_way) == 2 * len(CONFIG.moe_layers)
+        assert cell.experts[0].rows_received == cell.attention[0].rows_sent[0]
+
+
+def test_a_segment_of_another_epoch_is_refused_before_it_is_computed() -> None:
+    members, others = membership(1, 1), membership(1, 1, epoch=2)
+    plan, stranger = StepPlan(1, ((2,),)), StepPlan(2, ((2,),))
+    with meshes(2) as made:
+        cell = Cell(made, members)
+        assert cell.step(plan) == {}
+        received = cell.experts[0].rows_received
+        cell.attention[0].begin_step(stranger)
+        routed = cell.attention[0].routed(0)
+        assert routed is not None
+        assert others.epoch == stranger.epoch
+        next(exchange_only(routed, "stranger", 2, DTYPE, CPU))
+        with pytest.raises(EpochAbortedError, match="rank E0 received 1 segments of another epoch than 1"):
+            cell.experts[0].run_step(plan, cell.shards[0])
+        assert cell.experts[0].rows_received == received
+
+
+def test_a_peer_that_leaves_or_says_nothing_is_named_with_the_exchange() -> None:
+    plan = StepPlan(1, ((2,),))
+    with meshes(2) as made:
+        cell = Cell(made, membership(1, 1, timeout_s=0.5))
+        assert cell.step(plan) == {}
+        with pytest.raises(
+            EpochAbortedError,
+            match=r"dispatch of layer 1, micro-batch 0, epoch 1 on rank E0 failed: .*R0 sent nothing in time",
+        ):
+            cell.experts[0].run_step(plan, cell.shards[0])
+    with meshes(2) as made:
+        cell = Cell(made, membership(1, 1))
+        assert cell.step(plan) == {}
+        made[1].close()
+        cell.attention[0].begin_step(plan)
+        routed = cell.attention[0].routed(0)
+        assert routed is not None
+        forward = exchange_only(routed, "alone", 2, DTYPE, CPU)
+        next(forward)
+        with pytest.raises(
+            EpochAbortedError, match=r"combine of layer 1, micro-batch 0, epoch 1 on rank A0 failed: .*R1 left the epoch"
+        ):
+            next(forward)
+
+
+def test_a_closed_epoch_sends_nothing_and_writes_to_no_memory() -> None:
+    plan = StepPlan(1, ((2,),))
+    with meshes(2) as made:
+        cell = Cell(made, membership(1, 1))
+        assert cell.step(plan) == {}
+        made[0].close()
+        sent = made[0].messages_sent
+        cell.attention[0].begin_step(plan)
+        routed = cell.attention[0].routed(0)
+        assert routed is not None
+        next(exchange_only(routed, "late", 2, DTYPE, CPU))
+        assert made[0].messages_sent == sent
+
+
+def test_traced_waits_are_those_of_the_other_way(computed_in_the_other_way, tmp_path) -> None:
+    with meshes(2) as made:
+        trace = ExchangeTrace("both")
+        cell = Cell(made, membership(1, 1), trace)
+        for _ in range(3):
+            assert cell.step(StepPlan(1, ((2,),))) == {}
+        assert len(computed_in_the_other_way) == 3 * len(CONFIG.moe_layers)
