@@ -3,10 +3,11 @@
 A *call* is a function with what it is told, at an address that stays. The team goes through the calls of a program
 together: nobody begins one before all have ended the one before.
 
-    program   [ number of calls | halt | function, arguments | function, arguments | ... ]      eight bytes each
+    program   [ number of calls | halt | stopped | function, arguments | function, arguments | ... ]   eight bytes each
 
-A program may be one of the calls of another. A call that finds that it cannot do its part *halts* the program: the
-calls after it are left out.
+A program may be one of the calls of another. A call that finds, on the first thread of the team, that it cannot do its
+part *halts* the program: the calls after it are left out. The first thread then writes behind which call that was, so
+that one which is late does not leave the team when the next call halts.
 """
 
 import ctypes
@@ -84,7 +85,7 @@ class Program:
         """Without `halt` no call halts it. Programs within that are to halt it have the same `halt`."""
         self._calls, self._halt = tuple(calls), halt  # kept: the program has their addresses only
         self._runner = _runner()
-        numbers = [len(self._calls), 0 if halt is None else halt.address]
+        numbers = [len(self._calls), 0 if halt is None else halt.address, 0]
         for call in self._calls:
             numbers += [call.share, call.address]
         self._text = (ctypes.c_int64 * len(numbers))(*numbers)
@@ -113,30 +114,47 @@ entry:
   %halt_at = getelementptr i8, ptr %program, i64 8
   %halt = load ptr, ptr %halt_at
   %never = icmp eq ptr %halt, null
+  %stopped_at = getelementptr i8, ptr %program, i64 16
+  %is_first = icmp eq i64 %first, 0
   %alone = icmp eq i64 %step, 1
   %any = icmp sgt i64 %count, 0
+  br i1 %is_first, label %begin, label %begun
+begin:
+  store i64 0, ptr %stopped_at
+  br label %begun
+begun:
   br i1 %any, label %call, label %done
 call:
-  %i = phi i64 [0, %entry], [%i_next, %next]
+  %i = phi i64 [0, %begun], [%i_next, %next]
   %place = mul i64 %i, 16
-  %function_off = add i64 %place, 16
-  %arguments_off = add i64 %place, 24
+  %function_off = add i64 %place, 24
+  %arguments_off = add i64 %place, 32
   %function_at = getelementptr i8, ptr %program, i64 %function_off
   %arguments_at = getelementptr i8, ptr %program, i64 %arguments_off
   %function = load ptr, ptr %function_at
   %arguments = load ptr, ptr %arguments_at
   call void %function(ptr %arguments, i64 %first, i64 %step)
+  %i_next = add i64 %i, 1
+  %asks = xor i1 %never, true
+  %tells = and i1 %asks, %is_first
+  br i1 %tells, label %tell, label %told
+tell:
+  %halted = load i64, ptr %halt
+  %halts = icmp ne i64 %halted, 0
+  %behind = select i1 %halts, i64 %i_next, i64 0
+  store i64 %behind, ptr %stopped_at
+  br label %told
+told:
   br i1 %alone, label %joined, label %wait
 wait:
   call void @GOMP_barrier()
   br label %joined
 joined:
-  %i_next = add i64 %i, 1
   br i1 %never, label %next, label %ask
 ask:
-  %halted = load i64, ptr %halt
-  %goes_on = icmp eq i64 %halted, 0
-  br i1 %goes_on, label %next, label %done
+  %stopped = load volatile i64, ptr %stopped_at
+  %stops = icmp eq i64 %stopped, %i_next
+  br i1 %stops, label %done, label %next
 next:
   %more = icmp slt i64 %i_next, %count
   br i1 %more, label %call, label %done

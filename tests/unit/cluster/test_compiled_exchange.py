@@ -174,9 +174,7 @@ def test_a_peer_that_leaves_or_says_nothing_is_named_with_the_exchange() -> None
         assert routed is not None
         forward = exchange_only(routed, "alone", 2, DTYPE, CPU)
         next(forward)
-        with pytest.raises(
-            EpochAbortedError, match=r"combine of layer 1, micro-batch 0, epoch 1 on rank A0 failed: .*R1 left the epoch"
-        ):
+        with pytest.raises(EpochAbortedError, match=r"combine of layer 1, .* on rank A0 failed: .*R1 left the epoch"):
             next(forward)
 
 

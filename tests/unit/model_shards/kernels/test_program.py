@@ -55,6 +55,16 @@ def test_calls_run_in_order_and_a_program_is_one_of_another(threads) -> None:
     assert marks.taken() == [1, 2, 3, 4, 2, 3]
 
 
+def test_no_thread_leaves_a_team_for_what_a_later_call_does() -> None:
+    """More threads than cores, so that some are late."""
+    marks, halt = Marks(), Halt()
+    program = Program([*(marks.call(index) for index in range(20)), marks.call(20, halt), marks.call(21)], halt)
+    for _ in range(200):
+        halt.clear()
+        program.run(6)
+        assert marks.taken() == list(range(21))
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_what_halts_leaves_out_the_calls_after_it_in_programs_that_know_it(threads) -> None:
     marks, halt = Marks(), Halt()
