@@ -15,6 +15,7 @@ from typing import cast
 import click
 import torch
 
+from benchmarks.mirror import Mirror
 from cluster.dispatch import StepPlan, make_attention_dispatcher, make_expert_dispatcher
 from cluster.membership import Membership, Rendezvous
 from cluster.process_group import EpochGroups, open_epoch
@@ -44,16 +45,6 @@ def _config(hidden_size: int) -> ModelConfig:
     )
 
 
-class _Mirror:
-    """Experts that compute nothing."""
-
-    def forward(self, layer: int, hidden: torch.Tensor, local_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return hidden
-
-    def prepare(self, *rows: object) -> None:
-        """There is only `forward`."""
-
-
 def _run(
     rendezvous: Rendezvous, transport: str, topology: Topology, rows: int, hidden: int, rank: int
 ) -> tuple[float, float]:
@@ -81,10 +72,11 @@ def _layers(
     plan = StepPlan(1, ((rows,),) * topology.num_attention)
     took: list[float] = []
     if topology.role(rank) is Role.EXPERT:
+        mirror = Mirror(len(config.moe_layers))
         expert = make_expert_dispatcher(groups, membership, rank - topology.num_attention, config, torch.bfloat16, _CPU)
         for _ in range(_STEPS):
             headers.exchange(StepHeader(1, (0,), ends=False))
-            expert.run_step(plan, _Mirror())
+            expert.run_step(plan, mirror)
         return 0.0
     attention = make_attention_dispatcher(groups, membership, rank, config, torch.bfloat16, _CPU)
     tokens = torch.randn(rows, hidden, dtype=torch.bfloat16)

@@ -12,7 +12,7 @@ class PendingCombine(Protocol):
     """Tokens that are away at the expert shards."""
 
     def wait(self) -> torch.Tensor:
-        """Blocks until every shard answered; [T, H] in the dtype that was sent.
+        """Blocks until every shard answered; [T, H] in the dtype that was sent, until the micro-batch's next `wait`.
 
         Raises EpochAbortedError when a rank was lost or the exchange's deadline passed.
         """

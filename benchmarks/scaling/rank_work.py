@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.mirror import Mirror
 from benchmarks.scaling.pool import private_bytes
 from cluster.dispatch import StepPlan, make_attention_dispatcher, make_expert_dispatcher
 from cluster.membership import Membership
@@ -86,16 +87,6 @@ def _headers(headers: HeaderExchange, membership: Membership, count: int) -> tup
     return (time.process_time() - cpu) / count, statistics.quantiles(walls, n=4)[0]
 
 
-class _Mirror:
-    """Experts that compute nothing."""
-
-    def forward(self, layer: int, hidden: torch.Tensor, local_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return hidden
-
-    def prepare(self, *rows: object) -> None:
-        """There is only `forward`."""
-
-
 def _config(num_experts: int) -> ModelConfig:
     return replace(
         CONFIG,
@@ -118,9 +109,10 @@ def _layers(
     headers.exchange(header)
     cpu = time.process_time()
     if topology.role(rank) is Role.EXPERT:
+        mirror = Mirror(len(config.moe_layers))
         expert = make_expert_dispatcher(groups, membership, rank - topology.num_attention, config, torch.bfloat16, _CPU)
         for _ in range(load.steps):
-            expert.run_step(plan, _Mirror())
+            expert.run_step(plan, mirror)
     else:
         attention = make_attention_dispatcher(groups, membership, rank, config, torch.bfloat16, _CPU)
         tokens = torch.randn(load.rows, _HIDDEN, dtype=torch.bfloat16)

@@ -20,7 +20,7 @@ from model_shards.routed import PendingCombine, RoutedExperts
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where one micro-batch lives during a step. Its rows of one layer are back before the next layer's leave."""
+    """Where one micro-batch lives in steps of one plan. Rows of a layer are back before the next layer's leave."""
 
     num_tokens: int  # T of this rank
     dispatch: Carrier

@@ -1,4 +1,4 @@
-"""An exchange through shared memory as programs: what a rank does between its products and its peers', in one call.
+"""An exchange through shared memory as programs: what a rank does between its products and its peers'.
 
     attention   pack -> send                             receive -> add up
     expert      receive -> admit -> experts -> send
@@ -7,6 +7,8 @@ Between two exchanges a layer's weights go through all caches of a core, so that
 library, comes from memory: some 0.2 ms a side (benchmarks/NOTES.md). Few rows are exchanged this way. A program that
 halts has done nothing of what follows; `cluster.dispatch.attention` and `cluster.dispatch.expert` then go the way that
 many rows go, and that every other transport takes: it knows what to say.
+
+An expert rank that computes on a team receives in a call of its own.
 
 Shapes: A attention ranks with tokens, T tokens of one, N expert shards, H hidden size.
 """
@@ -36,6 +38,7 @@ class AttentionExchange:
         """`pack` is its own, `outgoing` and `returning` are what the carriers carry."""
         self._pack = pack
         self._outgoing = outgoing
+        self._kept = (dispatch, combine, returning)  # programs have addresses of their parts only
         self._rows: tuple[torch.Tensor, ...] = ()
         self._sums = torch.empty(returning.shape[1:], dtype=returning.dtype)
         self._halt = combine.receiver.halt
@@ -74,6 +77,7 @@ class ExpertExchange:
         """`batch` is what the carriers carry."""
         self._shard = shard
         self._batch = batch
+        self._kept = (dispatch, combine)  # programs have addresses of their parts only
         self._halt = dispatch.receiver.halt
         self._admission = fence.admission(batch.headers, self._halt)
         self._receive = dispatch.receiver.call
@@ -101,7 +105,7 @@ class ExpertExchange:
 
     def run(self, index: int) -> bool:
         """Receives a dispatch that was started, computes and sends the sums; `index` is the layer's among the MoE
-        layers. False: it halted."""
+        layers. False: it halted; rows that an expert refused then are counted already, and the step is lost."""
         if self._num_threads > 1:
             self._receive.run(1)
             if self._halt.is_set:

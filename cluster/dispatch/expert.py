@@ -19,7 +19,7 @@ from cluster.topology import Topology
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where one micro-batch lives during a step."""
+    """Where one micro-batch lives in steps of one plan."""
 
     dispatch: Carrier
     combine: Carrier

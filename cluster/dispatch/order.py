@@ -6,7 +6,7 @@ layers l0, l1 and two micro-batches:
     attention   D(l0,0) D(l0,1) | C(l0,0) D(l1,0) | C(l0,1) D(l1,1) | C(l1,0) | C(l1,1)
                                   `-- micro-batch 0 resumes: waits its combine, runs on, dispatches the next layer
 
-The expert side posts in exactly this order; between D(l,i) and C(l,i) it computes.
+The expert side starts them in exactly this order; between D(l,i) and C(l,i) it computes.
 """
 
 from collections.abc import Sequence

@@ -18,7 +18,7 @@ _FAILURES = (RuntimeError, OSError, ValueError)  # of transports
 
 @dataclass(frozen=True)
 class Lane:
-    """The bytes of one direction of one micro-batch, as one rank sees them; made once per step."""
+    """The bytes of one direction of one micro-batch, as one rank sees them, in steps of one plan."""
 
     send: torch.Tensor  # uint8, the segments for each rank in rank order
     recv: torch.Tensor  # uint8, the segments from each rank in rank order

@@ -13,7 +13,7 @@ from cluster.shm.semaphore import CLOCK_MONOTONIC, functions
 from model_shards.kernels.builder import I32, I64, Builder, Value
 from model_shards.kernels.machine_code import TeamFunction
 
-RING = 4  # messages a queue holds; more than the micro-batches of a step
+RING = 4  # messages a queue holds, a power of two; more than the micro-batches of a step
 DESCRIPTOR = 4  # int64 of a message's entry in the ring: number, offset, size, and one that is not used
 
 # Of a message that is sent; addresses but for the size.

@@ -121,7 +121,12 @@ class Mesh:
         return Sender(self._outbox, [messages[index] for index in order])
 
     def receiver(self, messages: Sequence[tuple[int, torch.Tensor]]) -> Receiver:
-        """Of messages from peers, by rank, into uint8 tensors of their sizes. Receiving raises PeerLostError."""
+        """Of messages from peers, by rank, into uint8 tensors of their sizes. Receiving raises PeerLostError.
+
+        Raises RuntimeError when this rank has left.
+        """
+        if self._closed:
+            raise RuntimeError("this rank has left the epoch")
         return Receiver([(rank, self._inboxes[rank], out) for rank, out in messages], self._finish)
 
     def gather(self, row: list[int], deadline: float) -> list[list[int]]:

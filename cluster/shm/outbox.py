@@ -110,7 +110,9 @@ class Outbox:
 
     def reserve(self, reader: int, size: int) -> None:
         """Room for messages of up to `size` bytes; what was sent and not read stays where it is. Raises OSError when
-        memory for it cannot be had."""
+        memory for it cannot be had, and RuntimeError when this is closed."""
+        if self.is_closed:
+            raise RuntimeError("this rank has left the epoch")
         if size <= self._room[reader]:
             return
         room = max(_SMALLEST_REGION, 1 << (size - 1).bit_length())
@@ -219,6 +221,8 @@ class Inbox:
             raise ValueError(f"a message of {size} bytes came where {out.shape[0]} were due")
         if self._mapping.size < offset + size:
             self._mapping.map(self._file, self._head_bytes, os.fstat(self._file).st_size - self._head_bytes)
+        if self._mapping.size < offset + size:
+            raise ValueError(f"a message of {size} bytes at {offset} is beyond the peer's {self._mapping.size}")
         self._mapping.read(offset, out)
         self._read[0] = number
         return True

@@ -12,7 +12,7 @@ import time
 
 SIZE = 32  # bytes, sizeof(sem_t) on 64-bit Linux
 CLOCK_MONOTONIC = 1
-_FUNCTIONS = ("sem_post", "sem_trywait", "sem_clockwait")
+_FUNCTIONS = ("sem_post", "sem_clockwait")
 
 
 class _Timespec(ctypes.Structure):

@@ -1,7 +1,9 @@
 """Exchanges through shared memory as programs, between threads of this process, against the way that many rows go."""
 
 import contextlib
+import json
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from cluster.dispatch import StepPlan, make_attention_dispatcher, make_expert_dispatcher
+from cluster.dispatch.attention import ExpertTables
 from cluster.dispatch.row_batch import RowBatch
 from cluster.dispatch.trace import ExchangeTrace
 from cluster.membership import Membership, Rendezvous
@@ -36,10 +39,10 @@ def meshes(count: int) -> Iterator[list[Mesh]]:
         yield made
 
 
-def membership(num_attention: int, num_expert: int, epoch: int = 1, timeout_s: float = 20.0) -> Membership:
+def membership(num_attention: int, num_expert: int, timeout_s: float = 20.0) -> Membership:
     topology = Topology(num_attention, num_expert)
     placement = contiguous_placement(NUM_EXPERTS, num_expert)
-    return Membership(epoch, topology, placement, Rendezvous("127.0.0.1", 1), "shm", timeout_s, timeout_s)
+    return Membership(1, topology, placement, Rendezvous("127.0.0.1", 1), "shm", timeout_s, timeout_s)
 
 
 class Cell:
@@ -58,6 +61,7 @@ class Cell:
         ]
         self.shards = [FakeShard(experts) for experts in members.placement.shards]
         self.seed = 0
+        self.num_threads = 1  # of each expert rank
 
     def step(self, plan: StepPlan) -> dict[str, BaseException]:
         """The errors of ranks that met one."""
@@ -78,6 +82,7 @@ class Cell:
                 pass
 
         def answer(rank: int) -> None:
+            torch.set_num_threads(self.num_threads)  # this thread's alone
             self.experts[rank].run_step(plan, self.shards[rank])
 
         roles = (("A", attend, len(self.attention)), ("E", answer, len(self.experts)))
@@ -90,12 +95,13 @@ class Cell:
             thread.start()
         for thread in threads:
             thread.join(60.0)
+        assert not any(thread.is_alive() for thread in threads)
         return errors
 
 
 @pytest.fixture
 def computed_in_the_other_way(monkeypatch) -> list[int]:
-    """The layers that were."""
+    """The layers that were, by expert ranks."""
     layers: list[int] = []
     compute = RowBatch.compute
 
@@ -107,21 +113,40 @@ def computed_in_the_other_way(monkeypatch) -> list[int]:
     return layers
 
 
+@pytest.fixture
+def added_up_in_the_other_way(monkeypatch) -> list[int]:
+    """The tokens that were, by attention ranks, layer after layer."""
+    tokens: list[int] = []
+    add_up = ExpertTables.add_up
+
+    def counted(self, returned):
+        tokens.append(returned.shape[1])
+        return add_up(self, returned)
+
+    monkeypatch.setattr(ExpertTables, "add_up", counted)
+    return tokens
+
+
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("shape", "tokens"), [((1, 2), (3,)), ((2, 1), (2, 4)), ((2, 3), (0, 5))])
 def test_few_rows_go_through_programs_alone_once_their_memory_is_known(
-    shape, tokens, computed_in_the_other_way
+    shape, tokens, threads, computed_in_the_other_way, added_up_in_the_other_way
 ) -> None:
     members = membership(*shape)
     plan = StepPlan(1, tuple((count,) for count in tokens))
     with meshes(sum(shape)) as made:
         cell = Cell(made, members)
+        cell.num_threads = threads
         assert cell.step(plan) == {}
         # Where a peer's memory is not mapped yet, a program halts, and the other way maps it.
         assert computed_in_the_other_way
+        assert added_up_in_the_other_way
         computed_in_the_other_way.clear()
+        added_up_in_the_other_way.clear()
         for _ in range(5):
             assert cell.step(plan) == {}
         assert computed_in_the_other_way == []
+        assert added_up_in_the_other_way == []
         sent = sum(sum(attention.rows_sent) for attention in cell.attention)
         assert sent == sum(expert.rows_received for expert in cell.experts) > 0
 
@@ -139,7 +164,7 @@ def test_many_rows_and_few_take_turns(computed_in_the_other_way) -> None:
 
 
 def test_a_segment_of_another_epoch_is_refused_before_it_is_computed() -> None:
-    members, others = membership(1, 1), membership(1, 1, epoch=2)
+    members = membership(1, 1)
     plan, stranger = StepPlan(1, ((2,),)), StepPlan(2, ((2,),))
     with meshes(2) as made:
         cell = Cell(made, members)
@@ -148,7 +173,6 @@ def test_a_segment_of_another_epoch_is_refused_before_it_is_computed() -> None:
         cell.attention[0].begin_step(stranger)
         routed = cell.attention[0].routed(0)
         assert routed is not None
-        assert others.epoch == stranger.epoch
         next(exchange_only(routed, "stranger", 2, DTYPE, CPU))
         with pytest.raises(EpochAbortedError, match="rank E0 received 1 segments of another epoch than 1"):
             cell.experts[0].run_step(plan, cell.shards[0])
@@ -188,14 +212,26 @@ def test_a_closed_epoch_sends_nothing_and_writes_to_no_memory() -> None:
         cell.attention[0].begin_step(plan)
         routed = cell.attention[0].routed(0)
         assert routed is not None
-        next(exchange_only(routed, "late", 2, DTYPE, CPU))
+        forward = exchange_only(routed, "late", 2, DTYPE, CPU)
+        next(forward)
         assert made[0].messages_sent == sent
+        with pytest.raises(EpochAbortedError, match="rank A0 could not start: this rank has left the epoch"):
+            next(forward)
+        with pytest.raises(EpochAbortedError, match="epoch 1 on rank A0: this rank has left the epoch"):
+            cell.attention[0].begin_step(StepPlan(1, ((3,),)))
 
 
-def test_traced_waits_are_those_of_the_other_way(computed_in_the_other_way, tmp_path) -> None:
+def test_traced_waits_are_those_of_the_other_way(
+    computed_in_the_other_way, added_up_in_the_other_way, tmp_path
+) -> None:
     with meshes(2) as made:
         trace = ExchangeTrace("both")
         cell = Cell(made, membership(1, 1), trace)
         for _ in range(3):
             assert cell.step(StepPlan(1, ((2,),))) == {}
-        assert len(computed_in_the_other_way) == 3 * len(CONFIG.moe_layers)
+        layers = 3 * len(CONFIG.moe_layers)
+        assert len(computed_in_the_other_way) == len(added_up_in_the_other_way) == layers
+        trace.write(tmp_path, 1)
+    events = json.loads((tmp_path / "both-epoch-1.json").read_text())["traceEvents"]
+    # Either rank waits for both directions of each layer.
+    assert Counter(event["cat"] for event in events) == {"dispatch": 2 * layers, "combine": 2 * layers}
