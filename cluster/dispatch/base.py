@@ -52,7 +52,7 @@ class AttentionDispatcher(Protocol):
 
 
 class PreparedExperts(Protocol):
-    """A layer's experts as programs, of rows that lie in one place: `model_shards.compiled.experts.PreparedRows`."""
+    """The experts of each MoE layer as programs, of rows in one place: `model_shards.compiled.experts.PreparedRows`."""
 
     programs: list[Program]  # by the index among the MoE layers
 

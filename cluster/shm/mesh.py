@@ -137,7 +137,8 @@ class Mesh:
         return [row if rank == self._me else self._receive_row(rank, len(row), deadline) for rank in ranks]
 
     def close(self) -> None:
-        """Leaves: peers that wait for this rank, now or later, get a PeerLostError. Idempotent."""
+        """Leaves: peers that wait for this rank, now or later, get a PeerLostError. Idempotent; on the thread that
+        sends."""
         if self._closed:
             return
         self._closed = True
