@@ -9,6 +9,7 @@ import torch
 
 from cluster.dispatch.base import ExpertCompute, StepPlan
 from cluster.dispatch.compiled_exchange import ExpertExchange
+from cluster.dispatch.compiled_rows import takes_a_team
 from cluster.dispatch.fence import Fence, HostFence
 from cluster.dispatch.layout import RowShape
 from cluster.dispatch.order import Direction, Exchange, exchange_order
@@ -115,8 +116,10 @@ class LockstepExpertDispatcher:
     def _compiled(
         self, dispatch: Carrier, combine: Carrier, batch: RowBatch, shard: ExpertCompute
     ) -> ExpertExchange | None:
-        """Where waits are not traced: that is done in the other way."""
+        """For few rows, and where waits are not traced: that is done in the other way."""
         if self._link.is_traced or not isinstance(dispatch, SharedCarrier) or not isinstance(combine, SharedCarrier):
+            return None
+        if takes_a_team(batch.rows.hidden.shape[0]):
             return None
         assert isinstance(self._fence, HostFence), "memory that is shared is a CPU's"
         return ExpertExchange(shard, CompiledBatch(batch), self._fence, dispatch, combine)
