@@ -1,10 +1,9 @@
 """Exchanges through shared memory as programs, between threads of this process, against the way that many rows go."""
 
-import contextlib
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -15,28 +14,15 @@ from cluster.dispatch.attention import ExpertTables
 from cluster.dispatch.row_batch import RowBatch
 from cluster.dispatch.trace import ExchangeTrace
 from cluster.membership import Membership, Rendezvous
-from cluster.shm.mesh import Mesh, address_of
-from cluster.shm.outbox import Outbox
+from cluster.shm.mesh import Mesh
 from cluster.topology import Topology
 from model_shards.errors import EpochAbortedError
 from model_shards.placement import contiguous_placement
 from tests.dispatch_cell import CONFIG, NUM_EXPERTS, FakeShard, exchange_only
+from tests.meshes import meshes
 
 CPU = torch.device("cpu")
 DTYPE = torch.float32
-
-
-@contextlib.contextmanager
-def meshes(count: int) -> Iterator[list[Mesh]]:
-    outboxes = [Outbox(count) for _ in range(count)]
-    addresses = [address_of(outbox) for outbox in outboxes]
-    with contextlib.ExitStack() as stack:
-        made = [
-            Mesh(outbox, addresses, rank, [f"R{rank}" for rank in range(count)]) for rank, outbox in enumerate(outboxes)
-        ]
-        for mesh in made:
-            stack.callback(mesh.close)
-        yield made
 
 
 def membership(num_attention: int, num_expert: int, timeout_s: float = 20.0) -> Membership:

@@ -1,6 +1,5 @@
 """Messages through shared memory: between threads of this process, and to a process that is killed."""
 
-import contextlib
 import mmap
 import multiprocessing
 import os
@@ -24,6 +23,7 @@ from cluster.step_header import HeaderExchange, StepHeader
 from cluster.topology import Topology
 from model_shards.errors import EpochAbortedError
 from model_shards.placement import contiguous_placement
+from tests.meshes import meshes
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -49,18 +49,6 @@ def receive(mesh, rank, out, deadline):
 
 def inbox_of(outbox, reader=1, world_size=2):
     return Inbox(os.getpid(), outbox.file, outbox.token, world_size, reader)
-
-
-@contextlib.contextmanager
-def meshes(count):
-    outboxes = [Outbox(count) for _ in range(count)]
-    addresses = [address_of(outbox) for outbox in outboxes]
-    names = [f"R{rank}" for rank in range(count)]
-    with contextlib.ExitStack() as stack:
-        made = [Mesh(outbox, addresses, rank, names) for rank, outbox in enumerate(outboxes)]
-        for mesh in made:
-            stack.callback(mesh.close)
-        yield made
 
 
 def test_this_system_has_what_the_tests_below_need():
