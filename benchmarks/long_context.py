@@ -1,11 +1,15 @@
 """Time to first token of a long prompt, against a + b n + c n^2, and its logits against a reference.
 
-python -m benchmarks.long_context --model DIR --state FILE [--tokens 131072] [--chunk 4096] [--seconds 240]
+python -m benchmarks.long_context --model DIR --state FILE [--tokens 131072] [--dtype bfloat16 --kv-cache-dtype int8]
 
-The first layers of a checkpoint are cut out and prefilled chunk by chunk in float32 on the CPU. A prompt's chunks are
+The first layers of a checkpoint are cut out and prefilled chunk by chunk on the CPU. A prompt's chunks are
 the first chunks of a longer one, so one run measures every length: the time to first token of n tokens is the sum of
 the chunks up to n. Attention of 128k tokens is 4e13 products a layer, so a run stops after `--seconds` and leaves
 its cache and its times in FILE; the same command goes on from there, and the last one compares and tells.
+
+In float32 nothing is laid out, every position must be equal to the reference, and a difference is an error. In bfloat16
+the layers are programs, as in a cell. A gate that is nearly undecided may choose otherwise there: the bound is on the
+usual position.
 """
 
 import dataclasses
@@ -29,10 +33,15 @@ from model_shards.config import load_model_config
 from model_shards.kv_cache import LatentKVCache, bytes_per_block
 from model_shards.model import AttentionModel
 from model_shards.placement import contiguous_placement
+from model_shards.quantization import Quantization
 from model_shards.routed import RoutedExperts
 from model_shards.weights import load_attention_model, load_expert_shard
 
 CPU = torch.device("cpu")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_CACHES = {"auto": None, "int8": Quantization.INT8, "fp8": Quantization.FP8}
+# Of logits and latents, relative: at every position in float32, at the usual one in bfloat16.
+_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 _BLOCK_SIZE = 16
 _LENGTHS = (8192, 16384, 32768, 65536, 131072)
 _FITTED_UP_TO = 32768
@@ -65,15 +74,18 @@ class Machine:
         return routed
 
     @staticmethod
-    def load(directory: Path, layers: int) -> "Machine":
-        """Float32, all experts in this process."""
+    def load(directory: Path, layers: int, dtype: torch.dtype) -> "Machine":
+        """All experts in this process. Bfloat16 is laid out."""
         with tempfile.TemporaryDirectory() as cut:
             cut_layers(directory, Path(cut), layers)
             config = load_model_config(Path(cut))
             held = tuple(range(config.n_routed_experts or 0))
-            shard = load_expert_shard(Path(cut), config, held, torch.float32, CPU)
-            dispatcher = LocalDispatcher([shard], contiguous_placement(len(held), 1), CPU)
-            return Machine(load_attention_model(Path(cut), config, torch.float32, CPU), dispatcher)
+            shard = load_expert_shard(Path(cut), config, held, dtype, CPU)
+            model = load_attention_model(Path(cut), config, dtype, CPU)
+        if dtype is torch.bfloat16:
+            model.lay_out()
+            shard.lay_out()
+        return Machine(model, LocalDispatcher([shard], contiguous_placement(len(held), 1), CPU))
 
 
 def cut_layers(directory: Path, out: Path, layers: int) -> None:
@@ -190,17 +202,30 @@ def tell(progress: Progress, tokens: int) -> None:
 @click.option("--model", type=click.Path(exists=True, path_type=Path, file_okay=False), required=True)
 @click.option("--state", type=click.Path(path_type=Path, dir_okay=False), required=True)
 @click.option("--layers", default=2, show_default=True)
+@click.option("--dtype", type=click.Choice(list(_DTYPES)), default="float32", show_default=True)
+@click.option("--kv-cache-dtype", type=click.Choice(list(_CACHES)), default="auto", show_default=True)
 @click.option("--tokens", default=131072, show_default=True)
 @click.option("--chunk", default=4096, show_default=True)
 @click.option("--threads", default=1, show_default=True)
 @click.option("--seconds", default=240.0, show_default=True)
-def main(model: Path, state: Path, layers: int, tokens: int, chunk: int, threads: int, seconds: float) -> None:
+def main(
+    model: Path,
+    state: Path,
+    layers: int,
+    dtype: str,
+    kv_cache_dtype: str,
+    tokens: int,
+    chunk: int,
+    threads: int,
+    seconds: float,
+) -> None:
     """Measures; see the top of the file."""
     torch.set_num_threads(threads)
-    machine = Machine.load(model, layers)
+    computed, quantization = _DTYPES[dtype], _CACHES[kv_cache_dtype]
+    machine = Machine.load(model, layers, computed)
     config = machine.model.config
     token_ids = torch.randint(3, config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(7))
-    cache = LatentKVCache(config, -(-tokens // _BLOCK_SIZE), _BLOCK_SIZE, torch.float32, CPU)
+    cache = LatentKVCache(config, -(-tokens // _BLOCK_SIZE), _BLOCK_SIZE, computed, CPU, quantization)
     progress = Progress(chunk)
     if state.exists():
         progress = Progress(**torch.load(state))
@@ -217,22 +242,31 @@ def main(model: Path, state: Path, layers: int, tokens: int, chunk: int, threads
         click.echo(f"{done} of {tokens} tokens; the same command goes on")
         return
     tell(progress, tokens)
-    per_token = bytes_per_block(config, _BLOCK_SIZE, torch.float32) // _BLOCK_SIZE
+    per_token = bytes_per_block(config, _BLOCK_SIZE, computed, quantization) // _BLOCK_SIZE
     click.echo(f"cache {per_token * tokens / 2**20:.1f} MiB, peak above it {progress.peak_bytes / 2**20:.1f} MiB")
+    exact = machine if computed is torch.float32 else Machine.load(model, layers, torch.float32)
+    compare(exact, token_ids, cache, progress, _ERROR[computed])
+
+
+def compare(exact: Machine, token_ids: torch.Tensor, cache: LatentKVCache, progress: Progress, most: float) -> None:
+    """Raises click.ClickException where the sampled positions differ from the reference by more than `most`.
+
+    `exact` is the model in float32, as it was read."""
+    tokens = token_ids.shape[0]
     sampled = torch.tensor(sampled_positions(tokens, progress.chunk))
     begun = time.perf_counter()
-    reference = sampled_reference(
-        machine.model, machine.routed(len(sampled)), token_ids, sampled, cache, slots_of(tokens)
-    )
+    reference = sampled_reference(exact.model, exact.routed(len(sampled)), token_ids, sampled, cache, slots_of(tokens))
     actual = torch.stack([progress.logits[int(position)] for position in sampled])
     error = (actual - reference.logits).norm(dim=-1) / reference.logits.norm(dim=-1)
     same = int((actual.argmax(-1) == reference.logits.argmax(-1)).sum())
     click.echo(
-        f"{len(sampled)} positions in {time.perf_counter() - begun:.1f} s: logits differ by at most "
-        f"{float(error.max()):.2e} of their norm, latents by {reference.latent_error:.2e}; {same} of {len(sampled)} "
-        "choose the same token"
+        f"{len(sampled)} positions in {time.perf_counter() - begun:.1f} s: logits differ by {float(error.max()):.2e} "
+        f"of their norm at most and {float(error.median()):.2e} in the median, latents by at most "
+        f"{reference.latent_error:.2e}; {same} of {len(sampled)} choose the same token"
     )
-    if float(error.max()) > 1e-4 or reference.latent_error > 1e-4 or same != len(sampled):
+    exactly = most == _ERROR[torch.float32]
+    judged = max(float(error.max()), reference.latent_error) if exactly else float(error.median())
+    if not judged <= most or (exactly and same != len(sampled)):
         raise click.ClickException("the prefill is not equal to the reference")
 
 
