@@ -120,8 +120,9 @@ class AttentionModel(nn.Module):
     def lay_out(self, in_int8: bool = False) -> None:
         """Lays the matrices out for this device, once, after they were filled; `hf_slices` is of no use then.
 
-        `in_int8`: those of attention, dense layers and shared experts in 8 bits (model_shards.quantization). What is
-        neither: W_UK, W_UV, gates, embedding and logits. Raises CheckpointError for one that cannot be quantized.
+        `in_int8`: those of attention, dense layers, shared experts and logits in 8 bits (model_shards.quantization). What
+        is neither: W_UK, W_UV, gates and embedding, from which a model without `lm_head` has its logits. Raises
+        CheckpointError for one that cannot be quantized.
         """
         try:
             self._lay_out(in_int8)
@@ -144,7 +145,7 @@ class AttentionModel(nn.Module):
             taken = name.endswith("kv_b_proj") if self._compiled is None else name != "lm_head"
             if not isinstance(module, FrozenLinear) or taken:
                 continue
-            if in_int8 and name != "lm_head":
+            if in_int8:
                 module.lay_out_int8()
             else:
                 module.lay_out()

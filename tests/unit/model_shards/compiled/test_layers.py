@@ -135,7 +135,7 @@ def test_logits_are_as_near_to_float32_as_those_of_the_modules(branch: str, bloc
     assert usual_error(compiled, expected) < 1.4 * usual_error(plain, expected)
 
 
-def test_in_8_bits_are_all_products_but_those_that_the_latents_meet_the_gate_s_and_the_logits() -> None:
+def test_in_8_bits_are_all_products_but_those_that_the_latents_meet_and_the_gate_s() -> None:
     pair, narrow = Pair(**BRANCHES["the whole of V2"]), Pair(in_int8=True, **BRANCHES["the whole of V2"])
     assert pair.compiled._compiled is not None
     assert narrow.compiled._compiled is not None
@@ -149,6 +149,14 @@ def test_in_8_bits_are_all_products_but_those_that_the_latents_meet_the_gate_s_a
     kept = ("embed_tokens.weight", "gate.weight")
     assert left
     assert all(name.endswith(kept) for name in left)
+
+
+def test_the_logits_matrix_is_in_8_bits_too() -> None:
+    model = attention_model_of(random_hf_model(make_hf_config(**WIDE), seed=3), torch.float32)
+    assert model.lm_head is not None
+    model.lay_out(in_int8=True)
+    # In float32 a matrix that is not quantized is multiplied as it lies.
+    assert not model.lm_head.weight.numel()
 
 
 def test_a_matrix_that_is_not_finite_is_not_taken_for_8_bits() -> None:
