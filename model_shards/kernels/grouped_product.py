@@ -41,7 +41,7 @@ class Rows:
     address: int  # of the first matrix's first row
     row: int  # bytes from row to row
     matrix: int = 0  # bytes from a matrix's first row to the next one's, beside the rows that lie between
-    apart: bool = True  # a matrix's rows come after those of the matrices before
+    apart: bool = True  # a matrix's rows come after those of the matrices before; else each matrix has as many
 
     @staticmethod
     def of(rows: torch.Tensor) -> "Rows":

@@ -3,8 +3,9 @@
     rows of x       counts[0] of matrix 0 | counts[1] of matrix 1 | ...
     a matrix        tile 0: word 0 of `width` outputs, word 1 of them, ... | tile 1 | ...
 
-Each thread takes a run of the tiles of each matrix, and reads it in order. A tile is multiplied by all rows of its
-matrix while it lies in the cache.
+Each thread takes a run of the tiles of each matrix, and reads it in order; where all matrices have the same number of
+rows, those of heads, a run of the tiles of all, so that what it reads lies together. A tile is multiplied by all rows of
+its matrix while it lies in the cache.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ ARGUMENTS = (
     "x",  # address of rows of words * word_operand_bytes
     "x_row",  # bytes from row to row
     "x_matrix",  # bytes from a matrix's first row to the next one's, beside the rows that `apart` counts
-    "x_apart",  # 1: a matrix's rows come after those of the matrices before; 0: they begin where those do
+    "x_apart",  # 1: a matrix's rows come after those of the matrices before; 0: they begin where those do, as many
     "out",  # address of rows of which the first tiles * width numbers are written: float32, or bfloat16 when narrow
     "out_row",  # bytes from row to row
     "out_matrix",  # as x_matrix
@@ -36,7 +37,7 @@ ARGUMENTS = (
 
 
 def product_ir(how: Instructions, narrow: bool = False) -> str:
-    """Defines `share` (model_shards.kernels.machine_code): a piece is a run of the tiles of each matrix.
+    """Defines `share` (model_shards.kernels.machine_code): a piece is a run of the tiles of each matrix, or of all.
 
     Narrow: what is written is rounded to bfloat16; only of DOT.
     """
@@ -63,6 +64,8 @@ def _matrices(how: Instructions, narrow: bool) -> str:
     passed = "i64 %count, ptr %x_rows, ptr %tile, ptr %out_rows, i64 %words, i64 %x_row, i64 %out_row, "
     passed += "ptr %tile_zeros, ptr %tile_scales, ptr %x_scales, ptr %configured"
     return f"""
+declare i64 @llvm.smax.i64(i64, i64)
+declare i64 @llvm.smin.i64(i64, i64)
 define void @share(ptr %arguments, i64 %first, i64 %step) #0 {{
 entry:
 {load_arguments(ARGUMENTS)}
@@ -71,10 +74,14 @@ entry:
   %outputs = mul i64 %tiles, {how.width}
   %matrix_columns = mul i64 %outputs, 4
   %tile_bytes = mul i64 %words, {4 * how.width}
-  %start_off = mul i64 %tiles, %first
-  %start = udiv i64 %start_off, %step
-  %stop_off = add i64 %start_off, %tiles
-  %stop = udiv i64 %stop_off, %step
+  %runs_on = icmp eq i64 %x_apart, 0
+  %tiles_of_all = mul i64 %tiles, %num_matrices
+  %shared_tiles = select i1 %runs_on, i64 %tiles_of_all, i64 %tiles
+  %tiles_before = select i1 %runs_on, i64 %tiles, i64 0
+  %begin_off = mul i64 %shared_tiles, %first
+  %begin = udiv i64 %begin_off, %step
+  %end_off = add i64 %begin_off, %shared_tiles
+  %end = udiv i64 %end_off, %step
   br label %matrix
 matrix:
   %e = phi i64 [0, %entry], [%e_next, %matrix_done]
@@ -87,8 +94,13 @@ matrix:
   %columns_off = mul i64 %e, %matrix_columns
   %zeros_e = add i64 %zero_sums, %columns_off
   %scales_e = add i64 %scales, %columns_off
+  %before = mul i64 %e, %tiles_before
+  %begin_here = sub i64 %begin, %before
+  %end_here = sub i64 %end, %before
+  %start = call i64 @llvm.smax.i64(i64 %begin_here, i64 0)
+  %stop = call i64 @llvm.smin.i64(i64 %end_here, i64 %tiles)
   %has_rows = icmp ne i64 %count, 0
-  %has_tiles = icmp ult i64 %start, %stop
+  %has_tiles = icmp slt i64 %start, %stop
   %has_work = and i1 %has_rows, %has_tiles
   br i1 %has_work, label %tile_of, label %matrix_done
 tile_of:

@@ -151,13 +151,15 @@ def test_products_go_where_they_are_wanted_and_nowhere_else(how, outputs) -> Non
 
 
 @pytest.mark.parametrize("how", PLAIN, ids=name)
-def test_each_of_some_matrices_multiplies_the_same_rows(how) -> None:
-    weight = random(4, 64, 24).bfloat16()
+@pytest.mark.parametrize("matrices", [slice(1, 3), slice(0, 5), slice(4, 5)], ids=str)
+def test_each_of_some_matrices_multiplies_the_same_rows(how, matrices, threads) -> None:
+    weight = random(5, 3 * how.width, 24).bfloat16()
     x = random(13, 24, seed=1).to(how.operand_dtype)
-    out = torch.full((26, 80), 7.0)
-    PackedMatrices(weight, how).multiply_each(x, slice(1, 3), out)
-    assert relative_error(out[:, :64], exact(x.repeat(2, 1), weight[1:3], [13, 13])) < 1e-5
-    assert bool((out[:, 64:] == 7).all())
+    count, outputs = matrices.stop - matrices.start, weight.shape[1]
+    out = torch.full((13 * count, outputs + 16), 7.0)
+    PackedMatrices(weight, how).multiply_each(x, matrices, out)
+    assert relative_error(out[:, :outputs], exact(x.repeat(count, 1), weight[matrices], [13] * count)) < 1e-5
+    assert bool((out[:, outputs:] == 7).all())
 
 
 @pytest.mark.parametrize("how", PLAIN[:1] + INTEGER[:1], ids=name)
