@@ -1,6 +1,7 @@
 """Attention on a CPU: float32 products over blocks that fit its caches, whatever dtype the model has; what is absorbed
-from a bfloat16 cache is one compiled call where the CPU multiplies bfloat16 (`model_shards.kernels.decode_attention`).
-Where layers are programs (`model_shards.compiled`) only absorbed chunks, and decodes of a quantized cache, come here.
+from the cache of a bfloat16 model is one compiled call where the CPU multiplies bfloat16
+(`model_shards.kernels.decode_attention`). Where layers are programs (`model_shards.compiled`) only absorbed chunks come
+here, and decodes from caches of odd or very large blocks.
 
 Shapes: T tokens, N heads, R kv_lora_rank, P qk_nope_head_dim, O qk_rope_head_dim, V v_head_dim,
 D decodes, d those of a group, L their longest context, Q new and C context tokens of one prefill chunk, B keys of a
@@ -116,7 +117,7 @@ class BlockwiseAttention:
         """Writes the first D rows of out: the up-projections are products over all decodes, heads the batch; between
         them the heads are the rows of one product per sequence."""
         count = plan.num_decodes
-        if can_decode(kv_cache.layer(layer), self._kv_lora_rank):
+        if can_decode(kv_cache):
             self._compiled(layer, queries[:count], plan.block_tables, plan.lengths, kv_cache, up, out[:count])
             return
         own = queries[:count] if plan.decode_order is None else queries[plan.decode_order]  # [D, N, P + O]
@@ -145,8 +146,7 @@ class BlockwiseAttention:
         absorbed = self._latent_queries(queries, up)[..., : self._kv_lora_rank]  # [N, D, R]
         latent_queries = absorbed.transpose(0, 1).to(torch.bfloat16, memory_format=torch.contiguous_format)
         rope_queries = queries[..., self._nope_dim :].bfloat16()
-        cache = kv_cache.layer(layer)
-        mixed = decode_attention(latent_queries, rope_queries, cache, block_tables, lengths, self._scale)
+        mixed = decode_attention(latent_queries, rope_queries, kv_cache, layer, block_tables, lengths, self._scale)
         out.copy_(up.value(mixed.transpose(0, 1).float()).transpose(0, 1))
 
     def _mix(
@@ -220,7 +220,7 @@ class BlockwiseAttention:
         up: UpProjections,
         out: torch.Tensor,  # [Q, N, V]
     ) -> None:
-        if can_decode(kv_cache.layer(layer), self._kv_lora_rank):
+        if can_decode(kv_cache):
             # Each new token is one more decode, of all before it and itself.
             tables = span.block_table.expand(queries.shape[0], -1)
             self._compiled(layer, queries, tables, span.visible_lengths, kv_cache, up, out)

@@ -30,6 +30,8 @@ class LatentKVCache:
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.dtype, self.quantization = dtype, quantization
+        self.rank, self.rope = config.kv_lora_rank, config.qk_rope_head_dim
         self._codec = choose_codec(config, dtype, quantization)
         self._latent_dim = config.latent_dim
         shape = (config.num_hidden_layers, num_blocks, block_size, self._codec.width)

@@ -18,10 +18,16 @@ from model_shards.attention_plan import AttentionPlan
 from model_shards.batch import AttentionBatch
 from model_shards.compiled.layer import LayerWeights
 from model_shards.config import ModelConfig
-from model_shards.kernels import decode_ir, rows
+from model_shards.kernels import decode_ir, quantized_latents, rows
 from model_shards.kernels.arena import Arena, Array
 from model_shards.kernels.builder import Kind
-from model_shards.kernels.decode_attention import cache_arguments, can_decode, decode_code, table_arguments
+from model_shards.kernels.decode_attention import (
+    cache_arguments,
+    can_decode,
+    decode_code,
+    quantized_row,
+    table_arguments,
+)
 from model_shards.kernels.grouped_product import Rows
 from model_shards.kernels.program import Call, Program, float_bits
 from model_shards.kernels.routing import CHOICE_ARGUMENTS, SCORES_ARGUMENTS, choose_experts, gate_scores
@@ -106,7 +112,7 @@ class Lane:
         moved |= self._tokens.make_room(tokens)
         moved |= self._decodes.make_room(decodes)
         if moved:
-            self.writes_cache = can_decode(kv_cache.layer(0), self._config.kv_lora_rank)
+            self.writes_cache = can_decode(kv_cache)
             self._build(kv_cache)
         self._cache = kv_cache
         self._counts[0] = tokens
@@ -166,14 +172,14 @@ class Lane:
 
     def _build(self, kv_cache: LatentKVCache) -> None:
         """Anew, for where the memory is now."""
-        self._programs = [self._layer_programs(index, kv_cache.layer(index)) for index in range(len(self._layers))]
+        self._programs = [self._layer_programs(index, kv_cache) for index in range(len(self._layers))]
         self._last = self._add_and_norm(self._after(len(self._layers)), self._last_norm)
 
-    def _layer_programs(self, index: int, cache: torch.Tensor) -> _Programs:
+    def _layer_programs(self, index: int, kv_cache: LatentKVCache) -> _Programs:
         layer = self._layers[index]
         residual = self._add_and_norm(self._after(index), layer.input_norm)
-        decode = self._decode_call(cache)
-        enter = [residual, *self._enter_calls(index, cache)]
+        decode = self._decode_call(index, kv_cache)
+        enter = [residual, *self._enter_calls(index, kv_cache)]
         attend = [self._absorb_call(layer), decode, self._value_call(layer)]
         leave = self._leave_calls(layer)
         mlp = self._mlp_calls(layer)
@@ -211,7 +217,7 @@ class Lane:
             size=self._config.hidden_size,
         )
 
-    def _enter_calls(self, index: int, cache: torch.Tensor) -> list[Call]:
+    def _enter_calls(self, index: int, kv_cache: LatentKVCache) -> list[Call]:
         layer, config = self._layers[index], self._config
         first = self._tokens["first"]
         calls = self._product(layer.first, "normed", "first")
@@ -222,7 +228,7 @@ class Lane:
             calls += [self._q_norm_call(layer.q_norm), *self._product(layer.q_b, "q_a", "wide_queries")]
             queries = self._tokens["wide_queries"]
         if self.writes_cache:
-            calls.append(self._latents_call(index, latents_from, cache))
+            calls.append(self._latents_call(index, latents_from, kv_cache))
         calls.append(
             Call(
                 rows.queries(),
@@ -253,11 +259,12 @@ class Lane:
             size=norm.weight.shape[0],
         )
 
-    def _latents_call(self, index: int, column: int, cache: torch.Tensor) -> Call:
+    def _latents_call(self, index: int, column: int, kv_cache: LatentKVCache) -> Call:
         """Of the columns of `first` from `column`."""
         first, norm = self._tokens["first"], self._layers[index].latent_norm
+        row = quantized_row(kv_cache)
         return Call(
-            rows.latents(),
+            rows.latents() if row is None else quantized_latents.latents(row),
             rows.LATENTS_ARGUMENTS,
             rows=self._number(0),
             x=first.data_ptr() + 4 * column,
@@ -266,7 +273,7 @@ class Lane:
             eps=float_bits(norm.eps),
             rotary=self._at("rotary"),
             slots=self._at("slots"),
-            cache=cache.data_ptr(),
+            cache=kv_cache.layer(index).data_ptr(),
             rank=self._config.kv_lora_rank,
             rope=self._config.qk_rope_head_dim,
         )
@@ -280,11 +287,11 @@ class Lane:
             narrow=True,
         )
 
-    def _decode_call(self, cache: torch.Tensor) -> Call:
+    def _decode_call(self, index: int, kv_cache: LatentKVCache) -> Call:
         config = self._config
         head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
         return Call(
-            decode_code(cache, config.kv_lora_rank),
+            decode_code(kv_cache),
             decode_ir.ARGUMENTS,
             sequences=self._number(1),
             latent_queries=self._decodes.address("latent_queries"),
@@ -298,7 +305,7 @@ class Lane:
             rank=config.kv_lora_rank,
             heads=config.num_attention_heads,
             scale=float_bits(self._scale),
-            **cache_arguments(cache),
+            **cache_arguments(kv_cache, index),
         )
 
     def _value_call(self, layer: LayerWeights) -> Call:

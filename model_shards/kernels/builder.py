@@ -215,7 +215,7 @@ class Builder:
     def words(self, first: Value, second: Value) -> Value:
         """Sixteen words of two bfloat16 each: a lane of `first`, and one of `second`."""
         low, high = (self.ir.zext(self._rounded(value), _WORDS) for value in (first, second))
-        return self.ir.or_(low, self.ir.shl(high, self._words(16)))
+        return self.ir.or_(low, self.ir.shl(high, self.integers(16)))
 
     def halves_at(self, address: Value) -> Value:
         """Thirty-two bfloat16 as they lie."""
@@ -292,6 +292,10 @@ class Builder:
         """A constant in every lane."""
         return ir.Constant(_FLOATS, [ir.Constant(F32, value)] * LANES)
 
+    def integers(self, value: int) -> ir.Constant:
+        """A constant of 32 bits in every lane."""
+        return ir.Constant(_WORDS, [ir.Constant(I32, value)] * LANES)
+
     def alternating(self) -> ir.Constant:
         """-1, 1, -1, 1, ..."""
         return ir.Constant(_FLOATS, [ir.Constant(F32, 2.0 * (lane % 2) - 1.0) for lane in range(LANES)])
@@ -301,7 +305,7 @@ class Builder:
         if kind is Kind.FLOAT32:
             return self.ir.load(self.pointer(address), typ=_FLOATS, align=4)
         halves = self.ir.load(self.pointer(address), typ=_HALVES, align=2)
-        return self.ir.bitcast(self.ir.shl(self.ir.zext(halves, _WORDS), self._words(16)), _FLOATS)
+        return self.ir.bitcast(self.ir.shl(self.ir.zext(halves, _WORDS), self.integers(16)), _FLOATS)
 
     def store(self, address: Value, value: Value, kind: Kind) -> None:
         """Sixteen elements, rounded to nearest, ties to even; what is not a number stays none."""
@@ -310,11 +314,31 @@ class Builder:
         else:
             self.ir.store(self._rounded(value), self.pointer(address), align=2)
 
-    def store_bytes(self, address: Value, value: Value) -> None:
-        """Sixteen uint8, to nearest, ties to even, no more and no less than there are; not a number: 0."""
+    def store_bytes(self, address: Value, value: Value, signed: bool = False) -> None:
+        """Sixteen uint8 or int8, to nearest, ties to even, no more and no less than there are; not a number: 0."""
         whole = self.call(f"llvm.rint.v{LANES}f32", _FLOATS, (value,))
-        narrow = self.call(f"llvm.fptoui.sat.v{LANES}i8.v{LANES}f32", _BYTES, (whole,))
+        narrow = self.call(f"llvm.fpto{'s' if signed else 'u'}i.sat.v{LANES}i8.v{LANES}f32", _BYTES, (whole,))
         self.ir.store(narrow, self.pointer(address), align=1)
+
+    def bytes_at(self, address: Value) -> Value:
+        """Sixteen int8 there, as 32 bits each."""
+        return self.ir.sext(self.ir.load(self.pointer(address), typ=_BYTES, align=1), _WORDS)
+
+    def put_bytes(self, address: Value, words: Value) -> None:
+        """Writes the lowest eight bits of each of sixteen words."""
+        self.ir.store(self.ir.trunc(words, _BYTES), self.pointer(address), align=1)
+
+    def whole_floats(self, words: Value) -> Value:
+        """The numbers of 32 bits, as float32."""
+        return self.ir.sitofp(words, _FLOATS)
+
+    def floats_of(self, bits: Value) -> Value:
+        """The float32 of these digits."""
+        return self.ir.bitcast(bits, _FLOATS)
+
+    def bits_of(self, floats: Value) -> Value:
+        """Their digits."""
+        return self.ir.bitcast(floats, _WORDS)
 
     def magnitude(self, value: Value) -> Value:
         """|x| of each lane."""
@@ -326,11 +350,11 @@ class Builder:
         if self._narrows:
             return self.call("narrow", _HALVES, (value,))
         bits = build.bitcast(value, _WORDS)
-        odd = build.and_(build.lshr(bits, self._words(16)), self._words(1))
-        nearest = build.add(bits, build.add(odd, self._words(0x7FFF)))
-        quiet = build.or_(bits, self._words(0x400000))  # adding could carry one that is not a number into the sign
+        odd = build.and_(build.lshr(bits, self.integers(16)), self.integers(1))
+        nearest = build.add(bits, build.add(odd, self.integers(0x7FFF)))
+        quiet = build.or_(bits, self.integers(0x400000))  # adding could carry one that is not a number into the sign
         chosen = build.select(build.fcmp_unordered("uno", value, value), quiet, nearest)
-        return build.trunc(build.lshr(chosen, self._words(16)), _HALVES)
+        return build.trunc(build.lshr(chosen, self.integers(16)), _HALVES)
 
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         """a * b + c, rounded once."""
@@ -358,7 +382,7 @@ class Builder:
             name = "llvm.x86.avx512.mask.scalef.ps.512"
             return self.call(name, _FLOATS, (value, power, value, every, as_set))
         shifted = self.call(f"llvm.fptosi.sat.v{LANES}i32.v{LANES}f32", _WORDS, (power,))
-        exponent = build.bitcast(build.shl(build.add(shifted, self._words(127)), self._words(23)), _FLOATS)
+        exponent = build.bitcast(build.shl(build.add(shifted, self.integers(127)), self.integers(23)), _FLOATS)
         return build.fmul(value, exponent)
 
     def first_lanes(self, count: Value, vector: Value, other: Value) -> Value:
@@ -397,8 +421,9 @@ class Builder:
         """Lane i of the result is lane lanes[i]."""
         return self.ir.shuffle_vector(vector, vector, ir.Constant(_WORDS, [ir.Constant(I32, lane) for lane in lanes]))
 
-    def _words(self, value: int) -> ir.Constant:
-        return ir.Constant(_WORDS, [ir.Constant(I32, value)] * LANES)
+    def run(self, name: str, arguments: Value) -> None:
+        """All pieces of another compiled function, which the module is told where to find, on this thread."""
+        self.call(name, ir.VoidType(), (self.pointer(arguments), self.const(0), self.const(1)))
 
     def call(self, name: str, result: ir.Type, values: Sequence[Value]) -> Value:
         """An intrinsic of LLVM, or a function that the module is given."""

@@ -1,4 +1,4 @@
-"""Attention from one new token to a paged cache of bfloat16 latents with AMX: what `decode_ir` computes, faster.
+"""Attention from one new token to a paged cache of latents with AMX: what `decode_ir` computes, faster.
 
 Shapes: D sequences, L tokens of a context, W words of a latent (two elements each), N heads, R kv_lora_rank,
 O qk_rope_head_dim. A *word* is two bfloat16 that are multiplied together (model_shards.kernels.instructions).
@@ -22,6 +22,7 @@ from model_shards.kernels.builder import LANES, Builder, Kind, Value
 from model_shards.kernels.decode_ir import ARGUMENTS, CHUNK_TOKENS
 from model_shards.kernels.instructions import AMX_ROWS, AMX_WORDS
 from model_shards.kernels.machine_code import TeamFunction
+from model_shards.kernels.quantized_latents import WIDEN_ARGUMENTS, QuantizedRow, widen
 
 _WORD = 4
 _HEADS = LANES
@@ -48,10 +49,14 @@ class _Memory:
     p: Value
     values: Value  # of 64 elements
     sums: Value
+    widened: Value | None  # latents of the chunk, unless they are read where they lie
 
 
-def decode_amx(rank: int, rope: int) -> TeamFunction:
-    """Of the calls whose arguments are `decode_ir.ARGUMENTS`: pieces are sixteen heads of a sequence."""
+def decode_amx(rank: int, rope: int, row: QuantizedRow | None = None) -> TeamFunction:
+    """Of the calls whose arguments are `decode_ir.ARGUMENTS`: pieces are sixteen heads of a sequence.
+
+    `row`: how latents lie that are widened first, a chunk at a time; None: they are bfloat16.
+    """
     build = Builder(ARGUMENTS)
     given = build.arguments
     words = (rank + rope) // 2
@@ -62,6 +67,7 @@ def decode_amx(rank: int, rope: int) -> TeamFunction:
         p=build.array(CHUNK_TOKENS // 2 * _HEADS),
         values=build.array(2 * _SUMS * _TILE_BYTES // 4),
         sums=build.array(_HEADS * rank),
+        widened=None if row is None else build.array(CHUNK_TOKENS * words),
     )
     amx = Amx(build)
     head_tiles = _up(build, given["heads"], _HEADS)
@@ -75,9 +81,9 @@ def decode_amx(rank: int, rope: int) -> TeamFunction:
         _pack(build, latent, build.const(2 * rank), count, rank // 2, memory.queries)
         behind = build.at(memory.queries, (build.const(rank // 2), ROW_BYTES))
         _pack(build, rotated, given["rope_head"], count, rope // 2, behind)
-        total = _attend(build, amx, memory, rank, rope, sequence)
+        total = _attend(build, amx, memory, rank, rope, row, sequence)
         _write(build, memory, rank, total, count, build.at(given["mixed"], (place, 2 * rank)))
-    return TeamFunction(build.finish())
+    return TeamFunction(build.finish(), None if row is None else {row.widen_name: widen(row)})
 
 
 def _up(build: Builder, count: Value, size: int) -> Value:
@@ -99,7 +105,9 @@ def _pack(build: Builder, source: Value, row: Value, count: Value, words: int, t
             build.put_words(build.at(target, (build.ir.add(word, build.const(index)), ROW_BYTES)), column)
 
 
-def _attend(build: Builder, amx: Amx, memory: _Memory, rank: int, rope: int, sequence: Value) -> Value:
+def _attend(
+    build: Builder, amx: Amx, memory: _Memory, rank: int, rope: int, row: QuantizedRow | None, sequence: Value
+) -> Value:
     """Sums over the whole context; returns what they are to be divided by, of each head."""
     given = build.arguments
     table = build.at(given["tables"], (sequence, given["table_row"]))
@@ -113,7 +121,10 @@ def _attend(build: Builder, amx: Amx, memory: _Memory, rank: int, rope: int, seq
     with build.loop(length, step=chunk) as start:
         tokens = build.smaller(build.ir.sub(length, start), chunk)
         spans = _up(build, tokens, _SPAN)
-        _find_tiles(build, memory, build.at(table, (build.ir.sdiv(start, given["block_size"]), 8)), tokens)
+        blocks = build.at(table, (build.ir.sdiv(start, given["block_size"]), 8))
+        if row is not None:
+            _widen(build, row, memory, blocks, tokens)
+        _find_tiles(build, memory, blocks, tokens)
         _scores(build, amx, memory, (rank + rope) // 2, tokens)
         before = largest.get()
         peak = _largest(build, memory, tokens, spans, before)
@@ -128,16 +139,31 @@ def _attend(build: Builder, amx: Amx, memory: _Memory, rank: int, rope: int, seq
     return total.get()
 
 
+def _widen(build: Builder, row: QuantizedRow, memory: _Memory, blocks: Value, tokens: Value) -> None:
+    """The latents of the chunk, to bfloat16."""
+    told = {**build.arguments, "tokens": tokens, "blocks": blocks, "out": memory.widened}
+    arguments = build.array(2 * len(WIDEN_ARGUMENTS))
+    for index, name in enumerate(WIDEN_ARGUMENTS):
+        build.put_int(build.at(arguments, (build.const(index), 8)), told[name])
+    build.run(row.widen_name, arguments)
+
+
 def _find_tiles(build: Builder, memory: _Memory, blocks: Value, tokens: Value) -> None:
     """Where the latents of every sixteen tokens of the chunk lie."""
-    given = build.arguments
-    row = build.ir.mul(given["words"], build.const(_WORD))
     with build.loop(_up(build, tokens, AMX_ROWS)) as tile:
         token = build.ir.mul(tile, build.const(AMX_ROWS))
-        block = build.int_at(build.at(blocks, (build.ir.sdiv(token, given["block_size"]), 8)))
-        inside = build.ir.srem(token, given["block_size"])
-        place = build.ir.add(build.ir.mul(block, given["block_size"]), inside)
-        build.put_int(build.at(memory.tiles, (tile, 8)), build.at(given["cache"], (place, row)))
+        build.put_int(build.at(memory.tiles, (tile, 8)), _latent(build, memory, blocks, token))
+
+
+def _latent(build: Builder, memory: _Memory, blocks: Value, token: Value) -> Value:
+    """Where that of a token of the chunk lies."""
+    given = build.arguments
+    row = build.ir.mul(given["words"], build.const(_WORD))
+    if memory.widened is not None:
+        return build.at(memory.widened, (token, row))
+    block = build.int_at(build.at(blocks, (build.ir.sdiv(token, given["block_size"]), 8)))
+    inside = build.ir.srem(token, given["block_size"])
+    return build.at(given["cache"], (build.ir.add(build.ir.mul(block, given["block_size"]), inside), row))
 
 
 def _scores(build: Builder, amx: Amx, memory: _Memory, words: int, tokens: Value) -> None:

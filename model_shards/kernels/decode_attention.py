@@ -1,6 +1,9 @@
-"""Attention of decodes to a paged cache of bfloat16 latents, read where they lie, for all sequences in one call.
+"""Attention of decodes to a paged cache of a bfloat16 model, for all sequences in one call.
 
-Shapes: D decodes, N heads, R kv_lora_rank, O qk_rope_head_dim, B blocks of the cache.
+Shapes: D decodes, N heads, R kv_lora_rank, O qk_rope_head_dim.
+
+Latents in bfloat16 are read where they lie. Those in one byte an element are widened to bfloat16, some at a time that
+stay in the second-level cache until they are read.
 """
 
 import ctypes
@@ -9,41 +12,52 @@ import functools
 import torch
 
 from model_shards.kernels import decode_amx
-from model_shards.kernels.decode_ir import ARGUMENTS, HEADS, INSTRUCTIONS, MAX_BLOCK_SIZE, decode_ir
+from model_shards.kernels.decode_ir import (
+    ARGUMENTS,
+    CHUNK_TOKENS,
+    HEADS,
+    INSTRUCTIONS,
+    MAX_BLOCK_SIZE,
+    decode_ir,
+)
 from model_shards.kernels.instructions import Instructions, choose_instructions
 from model_shards.kernels.machine_code import TeamFunction
 from model_shards.kernels.program import Call, float_bits
+from model_shards.kernels.quantized_latents import QuantizedRow, widen
+from model_shards.kv_cache import LatentKVCache
 
 # Multiplications worth a team of threads: some 40 us of one.
 _WORK_OF_A_TEAM = 2**21
 
 
-def can_decode(cache: torch.Tensor, rank: int) -> bool:
-    """Whether `decode_attention` serves this layer of a cache, [B, block_size, R + O], on this machine."""
-    if cache.device.type != "cpu" or cache.dtype is not torch.bfloat16 or _instructions() is None:
+def can_decode(kv_cache: LatentKVCache) -> bool:
+    """Whether `decode_attention` serves this cache on this machine."""
+    if kv_cache.data.device.type != "cpu" or kv_cache.dtype is not torch.bfloat16 or _instructions() is None:
         return False
-    block_size, width = cache.shape[1:]
-    return block_size % 2 == 0 and block_size <= MAX_BLOCK_SIZE and width % 2 == 0 and rank % HEADS == 0
+    # Two tokens are multiplied at once, which must lie together; those that are widened do.
+    pairs = kv_cache.quantization is not None or kv_cache.block_size % 2 == 0
+    return pairs and kv_cache.block_size <= MAX_BLOCK_SIZE and kv_cache.rope % 2 == 0 and kv_cache.rank % HEADS == 0
 
 
 def decode_attention(
     latent_queries: torch.Tensor,  # [D, N, R] bfloat16
     rope_queries: torch.Tensor,  # [D, N, O] bfloat16, whose rows may lie apart
-    cache: torch.Tensor,  # [B, block_size, R + O] bfloat16
+    kv_cache: LatentKVCache,
+    layer: int,
     block_tables: torch.Tensor,  # [D, ...] int64
     lengths: torch.Tensor,  # [D] int64, of the contexts
     scale: float,
 ) -> torch.Tensor:
     """softmax(scale * q.c) c over the first R elements of each context's latents: [D, N, R] bfloat16.
 
-    Probabilities are rounded to bfloat16, too; all sums are float32.
+    Probabilities, and latents that are widened, are rounded to bfloat16, too; all sums are float32.
     """
     assert latent_queries.is_contiguous(), "heads lie one after another"
     count, _, rank = latent_queries.shape
     mixed = torch.empty_like(latent_queries)
     number = ctypes.c_int64(count)
     call = Call(
-        decode_code(cache, rank),
+        decode_code(kv_cache),
         ARGUMENTS,
         sequences=ctypes.addressof(number),
         latent_queries=latent_queries.data_ptr(),
@@ -54,18 +68,20 @@ def decode_attention(
         rank=rank,
         heads=latent_queries.shape[1],
         scale=float_bits(scale),
-        **cache_arguments(cache),
+        **cache_arguments(kv_cache, layer),
         **table_arguments(block_tables, lengths),
     )
-    work = int(lengths.sum()) * cache.shape[2] * latent_queries.shape[1]
+    work = int(lengths.sum()) * (rank + kv_cache.rope) * latent_queries.shape[1]
     call.run(torch.get_num_threads() if work >= _WORK_OF_A_TEAM else 1)
     return mixed
 
 
-def cache_arguments(cache: torch.Tensor) -> dict[str, int]:
+def cache_arguments(kv_cache: LatentKVCache, layer: int) -> dict[str, int]:
     """Those that say where one layer of a cache lies."""
-    assert cache.is_contiguous(), "rows lie one after another"
-    return {"cache": cache.data_ptr(), "words": cache.shape[2] // 2, "block_size": cache.shape[1]}
+    rows = kv_cache.layer(layer)
+    assert rows.is_contiguous(), "rows lie one after another"
+    words = (kv_cache.rank + kv_cache.rope) // 2
+    return {"cache": rows.data_ptr(), "words": words, "block_size": kv_cache.block_size}
 
 
 def table_arguments(block_tables: torch.Tensor, lengths: torch.Tensor) -> dict[str, int]:
@@ -79,23 +95,33 @@ def table_arguments(block_tables: torch.Tensor, lengths: torch.Tensor) -> dict[s
     }
 
 
-def decode_code(cache: torch.Tensor, rank: int) -> TeamFunction:
-    """Of the calls whose arguments are `decode_ir.ARGUMENTS`, for a layer of a cache that `can_decode` takes."""
-    block_size, width = cache.shape[1:]
-    chosen = _instructions()
-    if chosen is not None and chosen.amx and decode_amx.serves(rank, width - rank, block_size):
-        return _with_amx(rank, width - rank)
-    return _with_vectors()
+def quantized_row(kv_cache: LatentKVCache) -> QuantizedRow | None:
+    """How the rows of a cache that `can_decode` takes are read and written; None: they are bfloat16."""
+    if kv_cache.quantization is None:
+        return None
+    return QuantizedRow(kv_cache.rank, kv_cache.rope, kv_cache.quantization)
+
+
+def decode_code(kv_cache: LatentKVCache) -> TeamFunction:
+    """Of the calls whose arguments are `decode_ir.ARGUMENTS`, for a cache that `can_decode` takes."""
+    chosen, row = _instructions(), quantized_row(kv_cache)
+    # Latents that are widened lie together, whatever blocks they come from.
+    together = kv_cache.block_size if row is None else CHUNK_TOKENS
+    if chosen is not None and chosen.amx and decode_amx.serves(kv_cache.rank, kv_cache.rope, together):
+        return _with_amx(kv_cache.rank, kv_cache.rope, row)
+    return _with_vectors(row)
 
 
 @functools.cache
-def _with_amx(rank: int, rope: int) -> TeamFunction:
-    return decode_amx.decode_amx(rank, rope)
+def _with_amx(rank: int, rope: int, row: QuantizedRow | None) -> TeamFunction:
+    return decode_amx.decode_amx(rank, rope, row)
 
 
 @functools.cache
-def _with_vectors() -> TeamFunction:
-    return TeamFunction(decode_ir())
+def _with_vectors(row: QuantizedRow | None) -> TeamFunction:
+    if row is None:
+        return TeamFunction(decode_ir())
+    return TeamFunction(decode_ir(row.widen_name), {row.widen_name: widen(row)})
 
 
 @functools.cache

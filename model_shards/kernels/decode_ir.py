@@ -1,4 +1,4 @@
-"""The text of attention from one new token to a paged cache of bfloat16 latents, in LLVM's intermediate representation.
+"""The text of attention from one new token to a paged cache of latents, in LLVM's intermediate representation.
 
 Shapes: D sequences, L tokens of a context, W words of a latent (two elements each), N heads, R kv_lora_rank,
 O qk_rope_head_dim.
@@ -10,6 +10,9 @@ twice, with the softmax that `model_shards.softmax_blocks` explains:
     scores [tokens, 16]    latent rows times the queries
     p                      exp(scale * (scores - largest)), sixteen heads in one register, rounded to bfloat16
     mixed [16, R]          each element of two latents times p of sixteen heads
+
+Rows that are not bfloat16 are widened first, a chunk at a time, into memory that stands in for the cache: one block of
+the chunk's tokens. More than sixteen heads widen a chunk once for each sixteen (benchmarks/NOTES.md has what of).
 """
 
 import struct
@@ -17,6 +20,7 @@ import struct
 from model_shards.kernels.builder import EXP_COEFFICIENTS
 from model_shards.kernels.instructions import Arithmetic, Instructions
 from model_shards.kernels.product_ir import load_arguments, rows_ir
+from model_shards.kernels.quantized_latents import WIDEN_ARGUMENTS
 from model_shards.kernels.tile_ir import splat
 
 HEADS = 16
@@ -33,8 +37,8 @@ ARGUMENTS = (
     "rope_head",  # bytes from head to head
     "rope_sequence",  # bytes from sequence to sequence
     "cache",  # address of one layer's first row
-    "words",  # W
-    "block_size",  # tokens, an even number; at most CHUNK_TOKENS
+    "words",  # W, of a row of bfloat16
+    "block_size",  # tokens, at most CHUNK_TOKENS; an even number of them where rows are bfloat16
     "tables",  # address of int64 [D, ...], a sequence's blocks
     "table_row",  # bytes from sequence to sequence
     "lengths",  # address of int64 [D], L of each
@@ -50,10 +54,15 @@ _I = f"<{HEADS} x i32>"
 _B = f"<{2 * HEADS} x bfloat>"
 
 
-def decode_ir() -> str:
-    """Defines `share` (model_shards.kernels.machine_code): pieces are sixteen heads of a sequence."""
-    functions = [_exp(), _pack(), _scores(), _softmax(), _mix()]
-    functions += [_scale_heads("rescale", narrow=False), _scale_heads("finish", narrow=True), _sequence(), _items()]
+def decode_ir(widen: str | None = None) -> str:
+    """Defines `share` (model_shards.kernels.machine_code): pieces are sixteen heads of a sequence.
+
+    `widen` is the name of `share` of quantized_latents.widen; None: rows are bfloat16.
+    """
+    functions = [_exp(), _pack(), _scores(), _softmax(), _mix(), _scale_heads("rescale", narrow=False)]
+    functions += [_scale_heads("finish", narrow=True), _sequence(widen is not None), _items()]
+    if widen is not None:
+        functions.append(_widen(widen))
     return "\n".join([_DECLARATIONS, *rows_ir(INSTRUCTIONS), *functions])
 
 
@@ -366,9 +375,39 @@ done:
 }}"""
 
 
-def _sequence() -> str:
+def _widen(name: str) -> str:
+    """Rows of one chunk to bfloat16, one after another."""
+    told = {"tokens": "%tokens", "block_size": "%block_size", "blocks": "%blocks_i", "cache": "%cache", "out": "%out_i"}
+    stores = "\n".join(
+        f"  %at{index} = getelementptr i64, ptr %told, i64 {index}\n  store i64 {told[argument]}, ptr %at{index}"
+        for index, argument in enumerate(WIDEN_ARGUMENTS)
+    )
+    return f"""
+declare void @{name}(ptr, i64, i64)
+define internal void @widen(i64 %cache, i64 %block_size, ptr %blocks, i64 %tokens, ptr %out) #0 {{
+  %told = alloca [{len(WIDEN_ARGUMENTS)} x i64]
+  %blocks_i = ptrtoint ptr %blocks to i64
+  %out_i = ptrtoint ptr %out to i64
+{stores}
+  call void @{name}(ptr %told, i64 0, i64 1)
+  ret void
+}}"""
+
+
+def _sequence(widens: bool) -> str:
     """One sequence and up to sixteen heads, chunk after chunk."""
     least = _hex_float(-3.0e38)
+    room, widening, read = "", "", ("i64 %cache", "i64 %block_size", "ptr %blocks_here")
+    if widens:
+        room = f"""
+  %wide_words = mul i64 %words, {CHUNK_TOKENS}
+  %wide = alloca i32, i64 %wide_words, align 64
+  %wide_i = ptrtoint ptr %wide to i64
+  %first_block = alloca i64
+  store i64 0, ptr %first_block"""
+        widening = "call void @widen(i64 %cache, i64 %block_size, ptr %blocks_here, i64 %tokens, ptr %wide)"
+        read = ("i64 %wide_i", f"i64 {CHUNK_TOKENS}", "ptr %first_block")
+    rows, block_size, blocks = read
     return f"""
 define internal void @sequence(ptr %latent_queries, ptr %rope_queries, i64 %rope_head, i64 %heads, i64 %cache,
                                i64 %words, i64 %block_size, ptr %blocks, i64 %length, ptr %mixed, i64 %rank,
@@ -379,7 +418,7 @@ entry:
   %packed_words = mul i64 %words, {HEADS}
   %queries = alloca i32, i64 %packed_words, align 64
   %numbers = mul i64 %rank, {HEADS}
-  %sums = alloca float, i64 %numbers, align 64
+  %sums = alloca float, i64 %numbers, align 64{room}
   %total_at = getelementptr i8, ptr %state, i64 64
   %shrink_at = getelementptr i8, ptr %state, i64 128
 {_splat("least", least)}
@@ -408,7 +447,8 @@ chunks:
   %left = sub i64 %length, %token
   %is_last = icmp ule i64 %left, %chunk
   %tokens = select i1 %is_last, i64 %left, i64 %chunk
-  call void @scores(ptr %queries, i64 %cache, i64 %words, i64 %block_size, ptr %blocks_here, i64 %tokens, ptr %scores)
+  {widening}
+  call void @scores(ptr %queries, {rows}, i64 %words, {block_size}, {blocks}, i64 %tokens, ptr %scores)
   call void @softmax(ptr %scores, i64 %tokens, ptr %state, float %scale)
   %is_first = icmp eq i64 %token, 0
   br i1 %is_first, label %mixing, label %shrinking
@@ -420,9 +460,9 @@ mixing:
 part:
   %r = phi i64 [0, %mixing], [%r_next, %part]
   %sums_here = getelementptr float, ptr %sums, i64 %r
-  %cache_off = mul i64 %r, 2
-  %cache_here = add i64 %cache, %cache_off
-  call void @mix(ptr %sums_here, i64 %head_bytes, i64 %cache_here, i64 %row_bytes, i64 %block_size, ptr %blocks_here,
+  %column = mul i64 %r, 2
+  %rows_here = add {rows}, %column
+  call void @mix(ptr %sums_here, i64 %head_bytes, i64 %rows_here, i64 %row_bytes, {block_size}, {blocks},
                  i64 %tokens, ptr %scores)
   %r_next = add nuw i64 %r, {HEADS}
   %r_more = icmp ult i64 %r_next, %rank

@@ -76,16 +76,18 @@ define void @parallel(ptr %arguments) nounwind "prefer-vector-width"="512" {
 class TeamFunction:
     """A function that the threads of a team share: compiled, and there as long as this is."""
 
-    def __init__(self, text: str, library: Mapping[str, int] | None = None) -> None:
+    def __init__(self, text: str, library: "Mapping[str, int | TeamFunction] | None" = None) -> None:
         """`text` defines `void @share(ptr %arguments, i64 %first, i64 %step)`: every `step`-th piece of the work, from
-        `first`. `library`: where functions are that it declares, for this process for good."""
+        `first`. `library`: where functions are that it declares, for this process for good; `share` of those that are
+        such functions themselves."""
         self._openmp = find_openmp()
-        for name, address in (library or {}).items():
-            llvm.add_symbol(name, address)
+        self._library = dict(library or {})  # kept: the code has their addresses only
+        for name, function in self._library.items():
+            llvm.add_symbol(name, function.share if isinstance(function, TeamFunction) else function)
         self._engine = _compile(text + _SERIAL + ("" if self._openmp is None else _PARALLEL), self._openmp)
         self._serial = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._engine.get_function_address("serial"))
         self._parallel = 0 if self._openmp is None else int(self._engine.get_function_address("parallel"))
-        self.share = int(self._engine.get_function_address("share"))  # its address
+        self.share: int = int(self._engine.get_function_address("share"))  # its address
 
     def run(self, arguments: "ctypes.Array[ctypes.c_int64]", num_threads: int) -> None:
         """Calls it; what its arguments point at must live until then."""

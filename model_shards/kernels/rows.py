@@ -31,7 +31,7 @@ def norm() -> TeamFunction:
     with build.pieces(build.int_at(given["rows"])) as row:
         x = build.at(given["x"], (row, given["x_row"]))
         out = build.at(given["out"], (row, build.ir.mul(given["size"], build.const(2))))
-        _normalise(build, x, Kind.FLOAT32, given["size"], given["eps"], given["weight"], out)
+        normalise(build, x, Kind.FLOAT32, given["size"], given["eps"], given["weight"], out)
     return TeamFunction(build.finish())
 
 
@@ -72,7 +72,7 @@ def residual_norm(addends: tuple[Kind, ...]) -> TeamFunction:
                 for kind, start in starts.items():
                     total = build.ir.fadd(total, build.load(build.at(start, (i, kind.bytes)), kind))
                 build.store(place, total, Kind.BFLOAT16)
-        _normalise(build, residual, Kind.BFLOAT16, size, given["eps"], given["weight"], out)
+        normalise(build, residual, Kind.BFLOAT16, size, given["eps"], given["weight"], out)
     return TeamFunction(build.finish())
 
 
@@ -100,12 +100,9 @@ def latents() -> TeamFunction:
         x = build.at(given["x"], (row, given["x_row"]))
         slot = build.int_at(build.at(given["slots"], (row, 8)))
         out = build.at(given["cache"], (slot, build.ir.mul(width, build.const(2))))
-        _normalise(build, x, Kind.FLOAT32, given["rank"], given["eps"], given["weight"], out)
+        normalise(build, x, Kind.FLOAT32, given["rank"], given["eps"], given["weight"], out)
         rotary = build.at(given["rotary"], (row, build.ir.mul(given["rope"], build.const(4))))
-        with build.loop(given["rope"], step=LANES) as i:
-            place = build.ir.add(given["rank"], i)
-            turned = _turned(build, build.at(x, (place, 4)), build.at(rotary, (i, 4)))
-            build.store(build.at(out, (place, 2)), turned, Kind.BFLOAT16)
+        rotate(build, build.at(x, (given["rank"], 4)), rotary, given["rope"], build.at(out, (given["rank"], 2)))
     return TeamFunction(build.finish())
 
 
@@ -136,10 +133,7 @@ def queries() -> TeamFunction:
             out = build.at(given["out"], (build.ir.add(build.ir.mul(row, row_size), first), 2))
             with build.loop(given["nope"], step=LANES) as i:
                 build.store(build.at(out, (i, 2)), build.load(build.at(x, (i, 4)), Kind.FLOAT32), Kind.BFLOAT16)
-            with build.loop(given["rope"], step=LANES) as i:
-                place = build.ir.add(given["nope"], i)
-                turned = _turned(build, build.at(x, (place, 4)), build.at(rotary, (i, 4)))
-                build.store(build.at(out, (place, 2)), turned, Kind.BFLOAT16)
+            rotate(build, build.at(x, (given["nope"], 4)), rotary, given["rope"], build.at(out, (given["nope"], 2)))
     return TeamFunction(build.finish())
 
 
@@ -217,7 +211,7 @@ def quantize_row(build: Builder, x: Value, kind: Kind, size: Value, out: Value, 
         build.store_bytes(build.at(out, (i, 1)), build.fma(value, inverse, build.numbers(float(ZERO_POINT))))
 
 
-def _normalise(build: Builder, x: Value, kind: Kind, size: Value, eps: Value, weight: Value, out: Value) -> None:
+def normalise(build: Builder, x: Value, kind: Kind, size: Value, eps: Value, weight: Value, out: Value) -> None:
     """One row of `size` elements at x, into bfloat16 at out."""
     squares = build.variable(build.numbers(0.0))
     with build.loop(size, step=LANES) as i:
@@ -230,6 +224,13 @@ def _normalise(build: Builder, x: Value, kind: Kind, size: Value, eps: Value, we
         value = build.ir.fmul(build.load(build.at(x, (i, kind.bytes)), kind), scale)
         scaled = build.ir.fmul(value, build.load(build.at(weight, (i, 2)), Kind.BFLOAT16))
         build.store(build.at(out, (i, 2)), scaled, Kind.BFLOAT16)
+
+
+def rotate(build: Builder, x: Value, rotary: Value, size: Value, out: Value) -> None:
+    """`size` float32 at x, in pairs, each times its complex64 at rotary, into bfloat16 at out."""
+    with build.loop(size, step=LANES) as i:
+        turned = _turned(build, build.at(x, (i, 4)), build.at(rotary, (i, 4)))
+        build.store(build.at(out, (i, 2)), turned, Kind.BFLOAT16)
 
 
 def _turned(build: Builder, x: Value, rotary: Value) -> Value:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from model_shards.kernels import routing, rows
+from model_shards.kernels import quantized_latents, routing, rows
 
 
 @pytest.fixture(scope="module", params=["this CPU", "one without AVX-512"])
@@ -15,7 +15,10 @@ def built_for(request: pytest.FixtureRequest) -> Iterator[None]:
     Functions are compiled once a process, so they are forgotten on the way in and out.
     """
     compiled = [
-        function for module in (rows, routing) for function in vars(module).values() if hasattr(function, "cache_clear")
+        function
+        for module in (rows, quantized_latents, routing)
+        for function in vars(module).values()
+        if hasattr(function, "cache_clear")
     ]
     with pytest.MonkeyPatch.context() as patch:
         if request.param != "this CPU":
