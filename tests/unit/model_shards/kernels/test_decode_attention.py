@@ -8,11 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model_shards.config import ModelConfig
+from model_shards.kernels import decode_amx
 from model_shards.kernels import decode_attention as module
 from model_shards.kernels.decode_attention import can_decode, decode_attention, decode_code
 from model_shards.kernels.instructions import choose_instructions
+from model_shards.kernels.machine_code import TeamFunction
+from model_shards.kernels.quantized_latents import QuantizedRow
 from model_shards.kv_cache import LatentKVCache
 from model_shards.quantization import Quantization
+from tests.played_amx import PlayedAmx
 from tests.reference import CPU, make_hf_config, model_config_of, relative_error
 
 SCALE = 0.07
@@ -93,6 +97,39 @@ def attend(queries, cache, tables, lengths, scale: float = SCALE) -> torch.Tenso
     apart[..., 6:] = queries[..., cache.rank :]
     latent = queries[..., : cache.rank].contiguous()
     return decode_attention(latent, apart[..., 6:], cache, LAYER, tables, torch.tensor(lengths), scale)
+
+
+@functools.cache
+def with_played_amx(rank: int, rope: int, kind: Quantization | None) -> TeamFunction:
+    row = None if kind is None else QuantizedRow(rank, rope, kind)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode_amx, "Amx", PlayedAmx)
+        return decode_amx.decode_amx(rank, rope, row)
+
+
+@needs_instructions
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 700), min_size=1, max_size=2),
+    block_size=st.sampled_from([16, 48, 256]),
+    heads=st.sampled_from([1, 5, 16, 20]),
+    kind=st.sampled_from(KINDS),
+)
+def test_the_code_for_amx_computes_the_same_whatever_plays_its_registers(lengths, block_size, heads, kind) -> None:
+    sizes = 128, 64
+    block_size -= kind is not None  # those that are widened need no whole sixteens
+    cache, tables = paged(lengths, block_size, *sizes, kind)
+    queries = (random(len(lengths), heads, sum(sizes), seed=7) * torch.logspace(-1, 2, heads)[:, None]).bfloat16()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "decode_code", lambda cache: with_played_amx(*sizes, kind))
+        mixed = attend(queries, cache, tables, lengths)
+        assert relative_error(mixed, exact(queries, cache, tables, lengths)) < 4e-3
+        cache.write(
+            LAYER, slots_of(tables[-1], block_size)[:1], random(1, sizes[0]) * float("nan"), random(1, sizes[1])
+        )
+        spoiled = attend(queries, cache, tables, lengths)
+    assert bool(spoiled[-1].isnan().all())
+    assert torch.equal(spoiled[:-1], mixed[:-1])
 
 
 @needs_instructions
