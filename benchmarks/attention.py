@@ -2,9 +2,11 @@
 
 python -m benchmarks.attention [--dtype bfloat16] [--kv-cache-dtype int8] [--case DECODES,CONTEXT ...]
 
-`linear` is the time of the four projections alone (q_a, q_b, kv_a, o), which is part of `layer`.
+`layer` is attention as a module; `linear` is the time of the four projections alone (q_a, q_b, kv_a, o), which is part
+of it. `program` is what a rank runs where there are compiled programs: attention and the norms beside it in one call.
 """
 
+import functools
 import itertools
 import statistics
 import time
@@ -12,12 +14,18 @@ from collections.abc import Callable
 
 import click
 import torch
+from torch import nn
 
 from model_shards.attention_plan import plan_attention
 from model_shards.batch import AttentionBatch
+from model_shards.compiled.lane import Lane
+from model_shards.compiled.layer import pack_layer
 from model_shards.config import ModelConfig, RopeConfig
 from model_shards.kv_cache import LatentKVCache
 from model_shards.mla import MultiHeadLatentAttention
+from model_shards.model import DecoderLayer
+from model_shards.norm import RMSNorm
+from model_shards.packing import program_instructions
 from model_shards.quantization import Quantization
 from model_shards.rope import RotaryEmbedding
 
@@ -59,14 +67,38 @@ CONFIG = ModelConfig(
 def random_layer(config: ModelConfig, dtype: torch.dtype) -> MultiHeadLatentAttention:
     """Weights at the scale of a trained layer, laid out as the loader does."""
     layer = MultiHeadLatentAttention(config, dtype, CPU)
-    for name, parameter in layer.named_parameters():
-        parameter.data.normal_(0, parameter.shape[-1] ** -0.5)
-        if "norm" in name:
-            parameter.data.fill_(1)
+    fill(layer)
     layer.lay_out_up_projections()
     for projection in (layer.q_a_proj, layer.q_b_proj, layer.kv_a_proj_with_mqa, layer.o_proj):
         projection.lay_out()
     return layer
+
+
+def fill(module: nn.Module) -> None:
+    """Weights at the scale of a trained layer."""
+    for parameter in module.parameters():
+        if parameter.dim() == 1:
+            parameter.data.fill_(1)  # of a norm
+        else:
+            parameter.data.normal_(0, parameter.shape[-1] ** -0.5)
+
+
+def random_lane(config: ModelConfig, dtype: torch.dtype) -> Lane | None:
+    """The programs of such layers, each with a dense MLP that is not run; None: there are none on this machine."""
+    instructions = program_instructions(dtype, CPU)
+    if instructions is None:
+        return None
+    decoders = [DecoderLayer(config, index, dtype, CPU) for index in range(_LAYERS)]
+    last_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, CPU)
+    for module in (*decoders, last_norm):
+        fill(module)
+    layers = [
+        pack_layer(
+            config, layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm, layer.mlp, instructions
+        )
+        for layer in decoders
+    ]
+    return Lane(config, layers, last_norm)
 
 
 def decode_batch(decodes: int, context: int) -> AttentionBatch:
@@ -123,11 +155,17 @@ def measure(decodes: int, context: int, dtype: torch.dtype, quantization: Quanti
         layer.o_proj(mixed)
 
     repeats = max(5, 20_000 // (decodes * context) * 10)
+    as_program = ""
+    lane = random_lane(CONFIG, dtype)
+    if lane is not None:
+        lane.begin(batch, hidden, rotary, plan, cache)
+        whole = functools.partial(lane.whole, threads=1, with_mlp=False)
+        as_program = f"program {median_ms(whole, repeats):8.3f} ms; "
     planning = median_ms(lambda _: plan_attention(batch, _BLOCK_SIZE), 20)
     return (
         f"{decodes:3d} decodes at {context:5d}, {dtype}, cache {quantization or 'plain'}: "
         f"layer {median_ms(attention, repeats):8.3f} ms, of it linear {median_ms(linear, repeats):7.3f} ms; "
-        f"plan, once a step, {planning:6.3f} ms"
+        f"{as_program}plan, once a step, {planning:6.3f} ms"
     )
 
 
