@@ -120,8 +120,8 @@ class AttentionModel(nn.Module):
     def lay_out(self, in_int8: bool = False) -> None:
         """Lays the matrices out for this device, once, after they were filled; `hf_slices` is of no use then.
 
-        `in_int8`: those of attention, dense layers, shared experts and logits in 8 bits (model_shards.quantization). What
-        is neither: W_UK, W_UV, gates and embedding, from which a model without `lm_head` has its logits. Raises
+        `in_int8`: those of attention, dense layers, shared experts and logits in 8 bits (model_shards.quantization).
+        What is neither: W_UK, W_UV, gates and embedding, from which a model without `lm_head` has its logits. Raises
         CheckpointError for one that cannot be quantized.
         """
         try:

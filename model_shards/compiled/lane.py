@@ -18,13 +18,14 @@ from model_shards.attention_plan import AttentionPlan
 from model_shards.batch import AttentionBatch
 from model_shards.compiled.layer import LayerWeights
 from model_shards.config import ModelConfig
-from model_shards.kernels import decode_ir, quantized_latents, rows
+from model_shards.kernels import decode_parts, quantized_latents, rows
 from model_shards.kernels.arena import Arena, Array
 from model_shards.kernels.builder import Kind
 from model_shards.kernels.decode_attention import (
     cache_arguments,
     can_decode,
     decode_code,
+    new_slots,
     quantized_row,
     table_arguments,
 )
@@ -90,6 +91,7 @@ class Lane:
         )
         latent = Array(torch.bfloat16, heads * config.kv_lora_rank)
         self._decodes = Arena({"latent_queries": latent, "mixed": latent})
+        self._slots = new_slots(config.kv_lora_rank, torch.get_num_threads())
         self._counts = (ctypes.c_int64 * (1 + heads))()  # T, and D once for each head
         self._programs: list[_Programs] = []
         self._last: Call | None = None
@@ -292,7 +294,7 @@ class Lane:
         head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
         return Call(
             decode_code(kv_cache),
-            decode_ir.ARGUMENTS,
+            decode_parts.ARGUMENTS,
             sequences=self._number(1),
             latent_queries=self._decodes.address("latent_queries"),
             rope_queries=self._at("queries") + 2 * config.qk_nope_head_dim,
@@ -302,9 +304,10 @@ class Lane:
             table_row=0,
             lengths=0,
             mixed=self._decodes.address("mixed"),
-            rank=config.kv_lora_rank,
             heads=config.num_attention_heads,
             scale=float_bits(self._scale),
+            slots=self._slots.data_ptr(),
+            num_slots=self._slots.shape[0],
             **cache_arguments(kv_cache, index),
         )
 

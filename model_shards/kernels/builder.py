@@ -18,6 +18,7 @@ import torch
 from llvmlite import ir
 
 from model_shards.kernels.instructions import Instructions
+from model_shards.kernels.machine_code import find_openmp
 from model_shards.kernels.product_ir import rows_ir
 from model_shards.kernels.tile_ir import DECLARATIONS
 
@@ -130,6 +131,18 @@ class Builder:
         """This thread's share of `count` pieces."""
         return self.loop(count, self._first, self._step)
 
+    @property
+    def team(self) -> Value:
+        """Number of threads, an i64."""
+        return self._step
+
+    def barrier(self) -> None:
+        """Until all threads of the team are here: each must come, as often as the others."""
+        with self.ir.if_then(self.ir.icmp_signed(">", self._step, self.const(1))):
+            # Without OpenMP there is no team, and no such function.
+            if find_openmp() is not None:
+                self.call("GOMP_barrier", ir.VoidType(), ())
+
     @contextmanager
     def only_first(self) -> Iterator[None]:
         """One thread of the team."""
@@ -184,6 +197,10 @@ class Builder:
     def smaller(self, a: Value, b: Value) -> Value:
         """Of two i64."""
         return self.ir.select(self.ir.icmp_signed("<", a, b), a, b)
+
+    def larger_int(self, a: Value, b: Value) -> Value:
+        """Of two i64."""
+        return self.ir.select(self.ir.icmp_signed(">", a, b), a, b)
 
     def copy(self, source: Value, target: Value, num_bytes: Value) -> None:
         """Between places that do not overlap."""

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from model_shards.kernels.amx import Amx
 from model_shards.kernels.amx_ir import ROW_BYTES
 from model_shards.kernels.builder import LANES, Builder, Kind, Value
-from model_shards.kernels.decode_ir import ARGUMENTS, CHUNK_TOKENS
+from model_shards.kernels.decode_ir import CHUNK_TOKENS
+from model_shards.kernels.decode_parts import ARGUMENTS, Piece, pieces, put_result
 from model_shards.kernels.instructions import AMX_ROWS, AMX_WORDS
 from model_shards.kernels.machine_code import TeamFunction
 from model_shards.kernels.quantized_latents import WIDEN_ARGUMENTS, QuantizedRow, widen
@@ -53,7 +54,7 @@ class _Memory:
 
 
 def decode_amx(rank: int, rope: int, row: QuantizedRow | None = None) -> TeamFunction:
-    """Of the calls whose arguments are `decode_ir.ARGUMENTS`: pieces are sixteen heads of a sequence.
+    """Of the calls whose arguments are `decode_parts.ARGUMENTS`.
 
     `row`: how latents lie that are widened first, a chunk at a time; None: they are bfloat16.
     """
@@ -70,19 +71,12 @@ def decode_amx(rank: int, rope: int, row: QuantizedRow | None = None) -> TeamFun
         widened=None if row is None else build.array(CHUNK_TOKENS * words),
     )
     amx = Amx(build)
-    head_tiles = _up(build, given["heads"], _HEADS)
-    with build.pieces(build.ir.mul(build.int_at(given["sequences"]), head_tiles)) as piece:
-        sequence, head = build.ir.sdiv(piece, head_tiles), build.ir.srem(piece, head_tiles)
-        head = build.ir.mul(head, build.const(_HEADS))
-        count = build.smaller(build.ir.sub(given["heads"], head), build.const(_HEADS))
-        place = build.ir.add(build.ir.mul(sequence, given["heads"]), head)
-        latent = build.at(given["latent_queries"], (place, 2 * rank))
-        rotated = build.at(given["rope_queries"], (sequence, given["rope_sequence"]), (head, given["rope_head"]))
-        _pack(build, latent, build.const(2 * rank), count, rank // 2, memory.queries)
+    with pieces(build, rank) as piece:
+        _pack(build, piece.latent_queries, build.const(2 * rank), piece.heads, rank // 2, memory.queries)
         behind = build.at(memory.queries, (build.const(rank // 2), ROW_BYTES))
-        _pack(build, rotated, given["rope_head"], count, rope // 2, behind)
-        total = _attend(build, amx, memory, rank, rope, row, sequence)
-        _write(build, memory, rank, total, count, build.at(given["mixed"], (place, 2 * rank)))
+        _pack(build, piece.rope_queries, given["rope_head"], piece.heads, rope // 2, behind)
+        largest, total = _attend(build, amx, memory, rank, rope, row, piece)
+        put_result(build, piece, rank, largest, total, memory.sums)
     return TeamFunction(build.finish(), None if row is None else {row.widen_name: widen(row)})
 
 
@@ -106,22 +100,20 @@ def _pack(build: Builder, source: Value, row: Value, count: Value, words: int, t
 
 
 def _attend(
-    build: Builder, amx: Amx, memory: _Memory, rank: int, rope: int, row: QuantizedRow | None, sequence: Value
-) -> Value:
-    """Sums over the whole context; returns what they are to be divided by, of each head."""
+    build: Builder, amx: Amx, memory: _Memory, rank: int, rope: int, row: QuantizedRow | None, piece: Piece
+) -> tuple[Value, Value]:
+    """Sums over the piece's tokens; returns the largest score and what they are to be divided by, of each head."""
     given = build.arguments
-    table = build.at(given["tables"], (sequence, given["table_row"]))
-    length = build.int_at(build.at(given["lengths"], (sequence, 8)))
     largest = build.variable(build.numbers(_LEAST))
     total = build.variable(build.numbers(0.0))
     with build.loop(build.const(_HEADS * rank), step=LANES) as i:
         build.store(build.at(memory.sums, (i, 4)), build.numbers(0.0), Kind.FLOAT32)
     # A chunk is whole blocks, so that its first one is the table's next.
     chunk = build.ir.mul(build.ir.sdiv(build.const(CHUNK_TOKENS), given["block_size"]), given["block_size"])
-    with build.loop(length, step=chunk) as start:
-        tokens = build.smaller(build.ir.sub(length, start), chunk)
+    with build.loop(piece.length, step=chunk) as start:
+        tokens = build.smaller(build.ir.sub(piece.length, start), chunk)
         spans = _up(build, tokens, _SPAN)
-        blocks = build.at(table, (build.ir.sdiv(start, given["block_size"]), 8))
+        blocks = build.at(piece.blocks, (build.ir.sdiv(start, given["block_size"]), 8))
         if row is not None:
             _widen(build, row, memory, blocks, tokens)
         _find_tiles(build, memory, blocks, tokens)
@@ -136,7 +128,7 @@ def _attend(
             _shrink(build, memory, rank, shrink)
         with build.loop(build.const(rank), step=_SUMS * LANES) as element:
             _mix(build, amx, memory, element, rank, tokens)
-    return total.get()
+    return largest.get(), total.get()
 
 
 def _widen(build: Builder, row: QuantizedRow, memory: _Memory, blocks: Value, tokens: Value) -> None:
@@ -303,14 +295,3 @@ def _put_values(build: Builder, values: Value, part: int, both: list[Value]) -> 
     """Thirty-two elements of two tokens to two tiles."""
     for i, words in enumerate(build.interleaved(*both)):
         build.put_words(build.at(values, (build.const(part + i), _TILE_BYTES)), words)
-
-
-def _write(build: Builder, memory: _Memory, rank: int, total: Value, count: Value, out: Value) -> None:
-    """Sums of the heads that are there, divided by their totals, as bfloat16."""
-    inverse = build.ir.fdiv(build.numbers(1.0), total)
-    build.store(memory.scores, inverse, Kind.FLOAT32)
-    with build.loop(count) as head:
-        factor = build.spread(build.float_at(build.at(memory.scores, (head, 4))))
-        with build.loop(build.const(rank), step=LANES) as i:
-            value = build.load(build.at(memory.sums, (head, 4 * rank), (i, 4)), Kind.FLOAT32)
-            build.store(build.at(out, (head, 2 * rank), (i, 2)), build.ir.fmul(value, factor), Kind.BFLOAT16)

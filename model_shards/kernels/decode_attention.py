@@ -12,18 +12,13 @@ import functools
 import torch
 
 from model_shards.kernels import decode_amx
-from model_shards.kernels.decode_ir import (
-    ARGUMENTS,
-    CHUNK_TOKENS,
-    HEADS,
-    INSTRUCTIONS,
-    MAX_BLOCK_SIZE,
-    decode_ir,
-)
+from model_shards.kernels.decode_ir import CHUNK_TOKENS, INSTRUCTIONS, MAX_BLOCK_SIZE
+from model_shards.kernels.decode_parts import ARGUMENTS, HEADS, slot_floats
+from model_shards.kernels.decode_vectors import decode_vectors
 from model_shards.kernels.instructions import Instructions, choose_instructions
 from model_shards.kernels.machine_code import TeamFunction
 from model_shards.kernels.program import Call, float_bits
-from model_shards.kernels.quantized_latents import QuantizedRow, widen
+from model_shards.kernels.quantized_latents import QuantizedRow
 from model_shards.kv_cache import LatentKVCache
 
 # Multiplications worth a team of threads: some 40 us of one.
@@ -56,6 +51,9 @@ def decode_attention(
     count, _, rank = latent_queries.shape
     mixed = torch.empty_like(latent_queries)
     number = ctypes.c_int64(count)
+    work = int(lengths.sum()) * (rank + kv_cache.rope) * latent_queries.shape[1]
+    threads = torch.get_num_threads() if work >= _WORK_OF_A_TEAM else 1
+    slots = new_slots(rank, threads)
     call = Call(
         decode_code(kv_cache),
         ARGUMENTS,
@@ -65,15 +63,20 @@ def decode_attention(
         rope_head=2 * rope_queries.stride(1),
         rope_sequence=2 * rope_queries.stride(0),
         mixed=mixed.data_ptr(),
-        rank=rank,
         heads=latent_queries.shape[1],
         scale=float_bits(scale),
+        slots=slots.data_ptr(),
+        num_slots=threads,
         **cache_arguments(kv_cache, layer),
         **table_arguments(block_tables, lengths),
     )
-    work = int(lengths.sum()) * (rank + kv_cache.rope) * latent_queries.shape[1]
-    call.run(torch.get_num_threads() if work >= _WORK_OF_A_TEAM else 1)
+    call.run(threads)
     return mixed
+
+
+def new_slots(rank: int, threads: int) -> torch.Tensor:
+    """Room for the parts of contexts that so many threads attend to."""
+    return torch.empty(threads, slot_floats(rank))
 
 
 def cache_arguments(kv_cache: LatentKVCache, layer: int) -> dict[str, int]:
@@ -103,13 +106,13 @@ def quantized_row(kv_cache: LatentKVCache) -> QuantizedRow | None:
 
 
 def decode_code(kv_cache: LatentKVCache) -> TeamFunction:
-    """Of the calls whose arguments are `decode_ir.ARGUMENTS`, for a cache that `can_decode` takes."""
+    """Of the calls whose arguments are `decode_parts.ARGUMENTS`, for a cache that `can_decode` takes."""
     chosen, row = _instructions(), quantized_row(kv_cache)
     # Latents that are widened lie together, whatever blocks they come from.
     together = kv_cache.block_size if row is None else CHUNK_TOKENS
     if chosen is not None and chosen.amx and decode_amx.serves(kv_cache.rank, kv_cache.rope, together):
         return _with_amx(kv_cache.rank, kv_cache.rope, row)
-    return _with_vectors(row)
+    return _with_vectors(kv_cache.rank, row)
 
 
 @functools.cache
@@ -118,10 +121,8 @@ def _with_amx(rank: int, rope: int, row: QuantizedRow | None) -> TeamFunction:
 
 
 @functools.cache
-def _with_vectors(row: QuantizedRow | None) -> TeamFunction:
-    if row is None:
-        return TeamFunction(decode_ir())
-    return TeamFunction(decode_ir(row.widen_name), {row.widen_name: widen(row)})
+def _with_vectors(rank: int, row: QuantizedRow | None) -> TeamFunction:
+    return decode_vectors(rank, row)
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 Shapes: D sequences, L tokens of a context, W words of a latent (two elements each), N heads, R kv_lora_rank,
 O qk_rope_head_dim.
 
-Sixteen heads of one sequence at a time, a head a lane. Tokens come in chunks that stay in the cache while they are read
+Sixteen heads of one sequence, a head a lane. Tokens come in chunks that stay in the cache while they are read
 twice, with the softmax that `model_shards.softmax_blocks` explains:
 
     queries [W, 16]        word by word, a matrix of 16 outputs for tile_ir's products
@@ -30,23 +30,22 @@ INSTRUCTIONS = Instructions(Arithmetic.DOT, lanes=HEADS, vectors=1, rows=8)
 # Of 1152 bytes each: 295 KB, which stay in the second-level cache.
 CHUNK_TOKENS = 256
 
-# What a call is told, in this order: eight bytes each.
+# What a call is told, in this order: eight bytes each. It is of one piece (model_shards.kernels.decode_parts).
 ARGUMENTS = (
-    "sequences",  # address of D
-    "latent_queries",  # address of bfloat16 [D, N, R]
+    "latent_queries",  # address of bfloat16 [N, R]
     "rope_queries",  # address of the first head's O numbers, bfloat16
     "rope_head",  # bytes from head to head
-    "rope_sequence",  # bytes from sequence to sequence
+    "heads",  # N, at most 16
     "cache",  # address of one layer's first row
     "words",  # W, of a row of bfloat16
     "block_size",  # tokens, at most CHUNK_TOKENS; an even number of them where rows are bfloat16
-    "tables",  # address of int64 [D, ...], a sequence's blocks
-    "table_row",  # bytes from sequence to sequence
-    "lengths",  # address of int64 [D], L of each
-    "mixed",  # address of bfloat16 [D, N, R]
+    "blocks",  # address of int64, numbers of the blocks
+    "length",  # L
     "rank",  # R, a multiple of 16
-    "heads",  # N
     "scale",  # float32, as the lower four bytes
+    "peaks",  # address of float32 [16], each head's largest score: written
+    "totals",  # address of float32 [16], what sums are to be divided by: written
+    "sums",  # address of float32 [16, R]: written
 )
 MAX_BLOCK_SIZE = CHUNK_TOKENS
 
@@ -56,12 +55,11 @@ _B = f"<{2 * HEADS} x bfloat>"
 
 
 def decode_ir(widen: str | None = None) -> str:
-    """Defines `share` (model_shards.kernels.machine_code): pieces are sixteen heads of a sequence.
+    """Defines `share` (model_shards.kernels.machine_code) of one piece.
 
     `widen` is the name of `share` of quantized_latents.widen; None: rows are bfloat16.
     """
-    functions = [_exp(), _pack(), _scores(), _softmax(), _mix(), _scale_heads("rescale", narrow=False)]
-    functions += [_scale_heads("finish", narrow=True), _sequence(widen is not None), _items()]
+    functions = [_exp(), _pack(), _scores(), _softmax(), _mix(), _rescale(), _sequence(widen is not None)]
     if widen is not None:
         functions.append(_widen(widen))
     return "\n".join([_DECLARATIONS, *rows_ir(INSTRUCTIONS), *functions])
@@ -336,15 +334,10 @@ done:
 }}"""
 
 
-def _scale_heads(name: str, narrow: bool) -> str:
-    """Defines @name: sums of each head, which lie together, times its factor, to `out`; narrow: rounded to bfloat16."""
-    element, stored, rounding = "float", f"{_F} %scaled", ""
-    if narrow:
-        halves = f"<{HEADS} x bfloat>"
-        element, stored = "i16", f"{halves} %narrow"
-        rounding = f"  %narrow = call {halves} @llvm.x86.avx512bf16.cvtneps2bf16.512({_F} %scaled)"
+def _rescale() -> str:
+    """Sums of each head, which lie together, times its factor."""
     return f"""
-define internal void @{name}(ptr %sums, i64 %rank, ptr %factors, i64 %heads, ptr %out) #0 {{
+define internal void @rescale(ptr %sums, i64 %rank, ptr %factors) #0 {{
 entry:
   br label %head
 head:
@@ -354,22 +347,19 @@ head:
 {_splat("factors_of", "%factor")}
   %first = mul i64 %h, %rank
   %sums_of = getelementptr float, ptr %sums, i64 %first
-  %out_of = getelementptr {element}, ptr %out, i64 %first
   br label %part
 part:
   %r = phi i64 [0, %head], [%r_next, %part]
   %at = getelementptr float, ptr %sums_of, i64 %r
   %value = load {_F}, ptr %at, align 4
   %scaled = fmul {_F} %value, %factors_of
-{rounding}
-  %to = getelementptr {element}, ptr %out_of, i64 %r
-  store {stored}, ptr %to, align 2
+  store {_F} %scaled, ptr %at, align 4
   %r_next = add nuw i64 %r, {HEADS}
   %more = icmp ult i64 %r_next, %rank
   br i1 %more, label %part, label %head_done
 head_done:
   %h_next = add nuw i64 %h, 1
-  %h_more = icmp ult i64 %h_next, %heads
+  %h_more = icmp ult i64 %h_next, {HEADS}
   br i1 %h_more, label %head, label %done
 done:
   ret void
@@ -396,7 +386,7 @@ define internal void @widen(i64 %cache, i64 %block_size, ptr %blocks, i64 %token
 
 
 def _sequence(widens: bool) -> str:
-    """One sequence and up to sixteen heads, chunk after chunk."""
+    """Chunk after chunk."""
     least = _hex_float(-3.0e38)
     room, widening, read = "", "", ("i64 %cache", "i64 %block_size", "ptr %blocks_here")
     if widens:
@@ -410,20 +400,25 @@ def _sequence(widens: bool) -> str:
         read = ("i64 %wide_i", f"i64 {CHUNK_TOKENS}", "ptr %first_block")
     rows, block_size, blocks = read
     return f"""
-define internal void @sequence(ptr %latent_queries, ptr %rope_queries, i64 %rope_head, i64 %heads, i64 %cache,
-                               i64 %words, i64 %block_size, ptr %blocks, i64 %length, ptr %mixed, i64 %rank,
-                               float %scale) noinline #0 {{
+define void @share(ptr %arguments, i64 %begin, i64 %step) #0 {{
 entry:
+{load_arguments(ARGUMENTS)}
+  %scale_bits = trunc i64 %scale to i32
+  %factor = bitcast i32 %scale_bits to float
+  %latent_queries_p = inttoptr i64 %latent_queries to ptr
+  %rope_queries_p = inttoptr i64 %rope_queries to ptr
+  %blocks_p = inttoptr i64 %blocks to ptr
+  %sums_p = inttoptr i64 %sums to ptr
+  %peaks_p = inttoptr i64 %peaks to ptr
+  %totals_p = inttoptr i64 %totals to ptr
   %scores = alloca [{CHUNK_TOKENS * HEADS} x float], align 64
   %state = alloca [{3 * HEADS} x float], align 64
   %packed_words = mul i64 %words, {HEADS}
   %queries = alloca i32, i64 %packed_words, align 64
-  %numbers = mul i64 %rank, {HEADS}
-  %sums = alloca float, i64 %numbers, align 64{room}
+{room}
   %total_at = getelementptr i8, ptr %state, i64 64
   %shrink_at = getelementptr i8, ptr %state, i64 128
 {_splat("least", least)}
-{_splat("one", _hex_float(1.0))}
   store {_F} %least, ptr %state, align 64
   store {_F} zeroinitializer, ptr %total_at, align 64
   %row_bytes = mul i64 %words, 4
@@ -436,31 +431,31 @@ entry:
   %rope_place = mul i64 %rank_words, {HEADS}
   %packed_rope = getelementptr i32, ptr %queries, i64 %rope_place
   call void @llvm.memset.p0.i64(ptr %queries, i8 0, i64 %packed_bytes, i1 false)
-  call void @pack(ptr %latent_queries, i64 %latent_head, i64 %heads, i64 %rank_words, ptr %queries)
-  call void @pack(ptr %rope_queries, i64 %rope_head, i64 %heads, i64 %rope_words, ptr %packed_rope)
-  call void @llvm.memset.p0.i64(ptr %sums, i8 0, i64 %sums_bytes, i1 false)
+  call void @pack(ptr %latent_queries_p, i64 %latent_head, i64 %heads, i64 %rank_words, ptr %queries)
+  call void @pack(ptr %rope_queries_p, i64 %rope_head, i64 %heads, i64 %rope_words, ptr %packed_rope)
+  call void @llvm.memset.p0.i64(ptr %sums_p, i8 0, i64 %sums_bytes, i1 false)
   %chunk_blocks = udiv i64 {CHUNK_TOKENS}, %block_size
   %chunk = mul i64 %chunk_blocks, %block_size
   br label %chunks
 chunks:
   %token = phi i64 [0, %entry], [%token_next, %chunk_done]
-  %blocks_here = phi ptr [%blocks, %entry], [%blocks_next, %chunk_done]
+  %blocks_here = phi ptr [%blocks_p, %entry], [%blocks_next, %chunk_done]
   %left = sub i64 %length, %token
   %is_last = icmp ule i64 %left, %chunk
   %tokens = select i1 %is_last, i64 %left, i64 %chunk
   {widening}
   call void @scores(ptr %queries, {rows}, i64 %words, {block_size}, {blocks}, i64 %tokens, ptr %scores)
-  call void @softmax(ptr %scores, i64 %tokens, ptr %state, float %scale)
+  call void @softmax(ptr %scores, i64 %tokens, ptr %state, float %factor)
   %is_first = icmp eq i64 %token, 0
   br i1 %is_first, label %mixing, label %shrinking
 shrinking:
-  call void @rescale(ptr %sums, i64 %rank, ptr %shrink_at, i64 {HEADS}, ptr %sums)
+  call void @rescale(ptr %sums_p, i64 %rank, ptr %shrink_at)
   br label %mixing
 mixing:
   br label %part
 part:
   %r = phi i64 [0, %mixing], [%r_next, %part]
-  %sums_here = getelementptr float, ptr %sums, i64 %r
+  %sums_here = getelementptr float, ptr %sums_p, i64 %r
   %column = mul i64 %r, 2
   %rows_here = add {rows}, %column
   call void @mix(ptr %sums_here, i64 %head_bytes, i64 %rows_here, i64 %row_bytes, {block_size}, {blocks},
@@ -474,61 +469,9 @@ chunk_done:
   %more = icmp ult i64 %token_next, %length
   br i1 %more, label %chunks, label %finish
 finish:
+  %peak = load {_F}, ptr %state, align 64
+  store {_F} %peak, ptr %peaks_p, align 4
   %total = load {_F}, ptr %total_at, align 64
-  %inverse = fdiv {_F} %one, %total
-  store {_F} %inverse, ptr %shrink_at, align 64
-  call void @finish(ptr %sums, i64 %rank, ptr %shrink_at, i64 %heads, ptr %mixed)
-  ret void
-}}"""
-
-
-def _items() -> str:
-    return f"""
-define void @share(ptr %arguments, i64 %first, i64 %step) #0 {{
-entry:
-{load_arguments(ARGUMENTS)}
-  %scale_bits = trunc i64 %scale to i32
-  %factor = bitcast i32 %scale_bits to float
-  %sequences_p = inttoptr i64 %sequences to ptr
-  %num_sequences = load i64, ptr %sequences_p
-  %heads_up = add i64 %heads, {HEADS - 1}
-  %head_tiles = udiv i64 %heads_up, {HEADS}
-  %count = mul i64 %num_sequences, %head_tiles
-  %head_bytes = mul i64 %rank, 2
-  %sequence_bytes = mul i64 %head_bytes, %heads
-  %lengths_p = inttoptr i64 %lengths to ptr
-  %any = icmp ult i64 %first, %count
-  br i1 %any, label %item, label %done
-item:
-  %i = phi i64 [%first, %entry], [%i_next, %item]
-  %d = udiv i64 %i, %head_tiles
-  %t = urem i64 %i, %head_tiles
-  %head = mul i64 %t, {HEADS}
-  %heads_left = sub i64 %heads, %head
-  %is_whole = icmp ugt i64 %heads_left, {HEADS}
-  %heads_here = select i1 %is_whole, i64 {HEADS}, i64 %heads_left
-  %sequence_off = mul i64 %d, %sequence_bytes
-  %head_off = mul i64 %head, %head_bytes
-  %place = add i64 %sequence_off, %head_off
-  %latent_i = add i64 %latent_queries, %place
-  %latent = inttoptr i64 %latent_i to ptr
-  %out_i = add i64 %mixed, %place
-  %out = inttoptr i64 %out_i to ptr
-  %rope_off = mul i64 %d, %rope_sequence
-  %rope_head_off = mul i64 %head, %rope_head
-  %rope_j = add i64 %rope_queries, %rope_off
-  %rope_i = add i64 %rope_j, %rope_head_off
-  %rope = inttoptr i64 %rope_i to ptr
-  %table_off = mul i64 %d, %table_row
-  %table_i = add i64 %tables, %table_off
-  %table = inttoptr i64 %table_i to ptr
-  %length_at = getelementptr i64, ptr %lengths_p, i64 %d
-  %length = load i64, ptr %length_at
-  call void @sequence(ptr %latent, ptr %rope, i64 %rope_head, i64 %heads_here, i64 %cache, i64 %words,
-                      i64 %block_size, ptr %table, i64 %length, ptr %out, i64 %rank, float %factor)
-  %i_next = add nuw i64 %i, %step
-  %more = icmp ult i64 %i_next, %count
-  br i1 %more, label %item, label %done
-done:
+  store {_F} %total, ptr %totals_p, align 4
   ret void
 }}"""

@@ -3,9 +3,9 @@
     rows of x       counts[0] of matrix 0 | counts[1] of matrix 1 | ...
     a matrix        tile 0: word 0 of `width` outputs, word 1 of them, ... | tile 1 | ...
 
-Each thread takes a run of the tiles of each matrix, and reads it in order; where all matrices have the same number of
-rows, those of heads, a run of the tiles of all, so that what it reads lies together. A tile is multiplied by all rows of
-its matrix while it lies in the cache.
+Each thread takes a run of the tiles of each matrix, and reads it in order; where all matrices have as many rows, those
+of heads, a run of the tiles of all, so that what it reads lies together. A tile is multiplied by all rows of its matrix
+while it lies in the cache.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,7 @@
 """Compiled attention of decodes against the formula in float64."""
 
 import functools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from model_shards.config import ModelConfig
 from model_shards.kernels import decode_amx
 from model_shards.kernels import decode_attention as module
 from model_shards.kernels.decode_attention import can_decode, decode_attention, decode_code
+from model_shards.kernels.decode_parts import slot_floats
 from model_shards.kernels.instructions import choose_instructions
 from model_shards.kernels.machine_code import TeamFunction
 from model_shards.kernels.quantized_latents import QuantizedRow
@@ -172,7 +174,7 @@ def test_amx_decodes_what_is_of_whole_registers(kind) -> None:
     # Those that are widened lie together, in whatever blocks they come.
     for block_size, rank, rope, fits in ((16, 512, 64, True), (4, 512, 64, kind is not None), (16, 48, 32, False)):
         cache = new_cache(1, block_size, rank, rope, kind)
-        is_of_vectors = decode_code(cache) is module._with_vectors(module.quantized_row(cache))
+        is_of_vectors = decode_code(cache) is module._with_vectors(cache.rank, module.quantized_row(cache))
         assert is_of_vectors is not (has_amx and fits)
 
 
@@ -195,6 +197,59 @@ def test_threads_share_the_sequences_and_none_depends_on_another(threads, rank, 
     assert bool(spoiled[2].isnan().all())
     others = [0, 1, 3, 4]
     assert torch.equal(spoiled[others], mixed[others])
+
+
+@pytest.fixture
+def many_threads(monkeypatch) -> Iterator[list[torch.Tensor]]:
+    """Seven; yields the slots of calls, which are not numbers until a part is written there."""
+    monkeypatch.setattr(module, "_WORK_OF_A_TEAM", 1)
+    given: list[torch.Tensor] = []
+
+    def new_slots(rank: int, threads: int) -> torch.Tensor:
+        given.append(torch.full((threads, slot_floats(rank)), float("nan")))
+        return given[-1]
+
+    monkeypatch.setattr(module, "new_slots", new_slots)
+    before = torch.get_num_threads()
+    torch.set_num_threads(7)
+    yield given
+    torch.set_num_threads(before)
+
+
+@needs_instructions
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("by_amx", [False, True], ids=["vectors", "amx"])
+@pytest.mark.parametrize(
+    ("lengths", "heads", "block_size", "parts"),
+    [
+        ([700], 16, 16, 7),
+        ([700], 5, 16, 7),
+        ([100], 16, 16, 3),  # no more than are worth it
+        ([1], 16, 16, 0),
+        ([700], 16, 256, 3),  # no more than blocks
+        ([513], 20, 16, 6),  # of two tiles of heads
+        ([300, 40, 600], 16, 48, 4),  # two each, but for the one that is too short
+        ([300] * 4, 16, 16, 0),  # a piece for more than half of the threads
+    ],
+)
+def test_threads_without_a_piece_take_parts_of_contexts(
+    many_threads, lengths, heads, block_size, parts, by_amx, kind
+) -> None:
+    sizes = 128, 64
+    cache, tables = paged(lengths, block_size, *sizes, kind)
+    queries = (random(len(lengths), heads, sum(sizes), seed=7) * torch.logspace(-1, 2, heads)[:, None]).bfloat16()
+    with pytest.MonkeyPatch.context() as patch:
+        if by_amx:
+            patch.setattr(module, "decode_code", lambda cache: with_played_amx(*sizes, kind))
+        mixed = attend(queries, cache, tables, lengths)
+        assert relative_error(mixed, exact(queries, cache, tables, lengths)) < 4e-3
+        written = ~many_threads[0][:, 0].isnan()
+        # A context that is whole leaves its slot as it was.
+        assert int(written.sum()) == (parts)
+        cache.write(LAYER, slots_of(tables[0], block_size)[:1], random(1, sizes[0]) * float("nan"), random(1, sizes[1]))
+        spoiled = attend(queries, cache, tables, lengths)
+    assert bool(spoiled[0].isnan().all())
+    assert torch.equal(spoiled[1:], mixed[1:])
 
 
 @needs_instructions
