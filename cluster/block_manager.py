@@ -17,6 +17,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from hashlib import blake2b
+from itertools import chain, islice
 
 from cluster.limits import EngineLimits
 from cluster.sequence import Sequence
@@ -70,6 +71,10 @@ class BlockManager:
             block = self._free.popleft() if self._free else self._evict()
             self._num_holders[block] = 1
             sequence.block_table.append(block)
+
+    def next_free(self, count: int) -> list[int]:
+        """The blocks that `append` takes next, in that order; fewer than `count` when there are no more. Takes none."""
+        return list(islice(chain(self._free, self._cached), count))
 
     def publish(self, sequence: Sequence, start: int, stop: int) -> None:
         """Makes the blocks known that became full when tokens [start, stop) were committed.

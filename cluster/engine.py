@@ -1,5 +1,7 @@
 """The engine of an attention replica: schedule -> run -> commit (or abandon), one step at a time, in one thread.
 
+While a step runs the next one is laid out, where what it holds can be foreseen (`cluster.ahead`).
+
 A step is idempotent until it is committed: `schedule` advances nothing, blocks stay with their sequences, so a step
 that is scheduled again writes the same tokens to the same slots, and sampling draws from (seed, position).
 """
@@ -12,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from cluster.ahead import PreparedStep, prepare_step
 from cluster.batch_builder import build_batch
 from cluster.limits import EngineLimits, check_request
 from cluster.micro_batches import MicroBatchChooser, StepKind, kind_of
@@ -53,6 +56,11 @@ class ScheduledStep:
     has_prefill: bool = False  # whether there are prompts to compute, in this step or a later one
 
     @property
+    def num_filled(self) -> int:
+        """Micro-batches with a token."""
+        return sum(batch.num_tokens > 0 for batch in self.micro_batches)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all micro-batches."""
         return _num_tokens(self.chunks)
@@ -92,6 +100,7 @@ class Engine:
         self._kv_cache = kv_cache
         self._device = kv_cache.data.device
         self._limits = limits
+        self._empty = build_batch((), limits.block_size, self._device)
         self._clock = clock
         self._scheduler = Scheduler(limits)
         self._chooser = MicroBatchChooser(limits.num_micro_batches) if limits.choose_micro_batches else None
@@ -100,6 +109,7 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._statistics: dict[Sequence, TokenStatistics] = {}
         self._in_flight: ScheduledStep | None = None
+        self._prepared: PreparedStep | None = None  # newer than the last `schedule`
         self._cancelled: list[Sequence] = []  # cancelled while their step was under way
         self._num_steps = 0
 
@@ -136,17 +146,26 @@ class Engine:
         The step must be committed or abandoned before the next one is scheduled.
         """
         assert self._in_flight is None, "the last step was neither committed nor abandoned"
-        has_prefill = self._scheduler.has_prefill
-        chunks = self._scheduler.schedule(lambda decodes: elsewhere.share_of(self._allowed_prefill(decodes)))
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and self._scheduler.take(prepared.foreseen):
+            chunks, has_prefill = prepared.foreseen.chunks, self._scheduler.num_waiting > 0
+        else:
+            prepared, has_prefill = None, self._scheduler.has_prefill
+            chunks = self._scheduler.schedule(lambda decodes: elsewhere.share_of(self._allowed_prefill(decodes)))
         most = self._limits.num_micro_batches
         kind = _kind_of(chunks)
         count = most if self._chooser is None or kind is None else self._chooser.choose(kind, _num_tokens(chunks))
-        # All ranks count with the same number: those not chosen are empty.
-        micro_batches = split_micro_batches(chunks, count) + ((),) * (most - count)
+        if prepared is not None and len(prepared.micro_batches) == min(count, len(chunks)):
+            batches, sampled = prepared.batches(self._device), prepared.sampled
+        else:
+            parts = split_micro_batches(chunks, count)
+            batches = tuple(build_batch(part, self._limits.block_size, self._device) for part in parts)
+            sampled = tuple(chunk.sequence for part in parts for chunk in part if chunk.wants_logits)
         step = ScheduledStep(
             chunks=chunks,
-            micro_batches=tuple(build_batch(part, self._limits.block_size, self._device) for part in micro_batches),
-            sampled=tuple(chunk.sequence for part in micro_batches for chunk in part if chunk.wants_logits),
+            # All ranks count with the same number: those not chosen are empty.
+            micro_batches=batches + (self._empty,) * (most - len(batches)),
+            sampled=sampled,
             allowed_prefill=self._allowed_prefill(sum(chunk.is_decode for chunk in chunks)),
             has_prefill=has_prefill,
         )
@@ -157,6 +176,7 @@ class Engine:
         """Computes the step, `routed[i]` standing for the experts of micro-batch i; changes nothing but the cache.
 
         None stands for a micro-batch without a token on any rank, which is not computed at all; one must have some.
+        While their tokens are away the next step is prepared.
 
         Raises EpochAbortedError when an exchange failed; the step may then be abandoned and scheduled again.
         """
@@ -169,7 +189,7 @@ class Engine:
                 for batch, experts in zip(step.micro_batches, routed, strict=True)
                 if experts is not None
             ]
-            parts = run_micro_batches(steps)
+            parts = run_micro_batches(steps, meanwhile=lambda: self._prepare_behind(step))
             logits = parts[0] if len(parts) == 1 else torch.cat(parts)  # [R, V]
             tokens = sample(logits, rows)
         return SampledStep(tokens, self._clock() - begun)
@@ -246,6 +266,10 @@ class Engine:
         assert len(known) == self._scheduler.num_waiting + self._scheduler.num_running, "a sequence is lost"
         assert self._statistics.keys() <= known, "statistics of a sequence that ended"
         assert self._in_flight is not None or not self._cancelled, "a cancelled sequence outlived its step"
+
+    def _prepare_behind(self, step: ScheduledStep) -> None:
+        # As many micro-batches as this step has: what is chosen for the next one is known when this one was measured.
+        self._prepared = prepare_step(self._scheduler, step.chunks, step.num_filled, self._limits.block_size)
 
     def _allowed_prefill(self, num_decodes: int) -> int | None:
         return None if self._prefill_budget is None else self._prefill_budget.allowed(num_decodes)

@@ -11,8 +11,9 @@ least one token of budget, since decodes number at most max_num_seqs <= max_num_
 what may stand beside them is nothing (`cluster.prefill_budget`), it soon is not.
 """
 
+from array import array
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 
@@ -35,6 +36,19 @@ class ScheduledChunk:
     def num_tokens(self) -> int:
         """At least 1."""
         return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class ForeseenChunks:
+    """The chunks of a step of decodes, while the step before it is not committed: their tokens are not known yet."""
+
+    chunks: tuple[ScheduledChunk, ...]
+    blocks: Mapping[Sequence, int]  # who will need one more and which that will be, in the order of taking; not taken
+
+    def block_table(self, sequence: Sequence) -> "array[int]":
+        """That of the sequence when the step is scheduled."""
+        block = self.blocks.get(sequence)
+        return sequence.block_table if block is None else sequence.block_table + array("q", [block])
 
 
 class Scheduler:
@@ -117,6 +131,48 @@ class Scheduler:
         # A sequence that is admitted with all but one token known decodes from the start.
         return tuple(sorted(chunks, key=lambda chunk: not chunk.is_decode))
 
+    def foresee(self, chunks: SequenceOf[ScheduledChunk]) -> ForeseenChunks | None:
+        """What `schedule` gives once its last `chunks` are committed, if none comes, and none ends but by its length.
+
+        None unless all that run decode then and nothing is to be decided: whom to admit, whom to preempt. Changes
+        nothing.
+        """
+        if sum(chunk.wants_logits for chunk in chunks) < len(self._running):
+            return None
+        decodes = tuple(
+            ScheduledChunk(sequence, sequence.num_tokens, sequence.num_tokens + 1, is_decode=True, wants_logits=True)
+            for sequence in self._running
+            if not sequence.ends_with_next
+        )
+        if not decodes or self._may_admit(len(decodes)):
+            return None
+        short = [
+            chunk.sequence for chunk in decodes if self._limits.blocks_for(chunk.stop) > len(chunk.sequence.block_table)
+        ]
+        blocks = self._blocks.next_free(len(short))
+        return ForeseenChunks(decodes, dict(zip(short, blocks, strict=True))) if len(blocks) == len(short) else None
+
+    def take(self, foreseen: ForeseenChunks) -> bool:
+        """Stands for `schedule` where that would give just the foreseen chunks and blocks; else changes nothing.
+
+        Whether it does. `foreseen` must be newer than the last `schedule`.
+        """
+        as_foreseen = (
+            len(self._running) == len(foreseen.chunks)
+            and not self._may_admit(len(self._running))
+            and all(
+                chunk.sequence is sequence
+                and chunk.start == sequence.num_computed_tokens
+                and chunk.stop == sequence.num_tokens
+                for chunk, sequence in zip(foreseen.chunks, self._running, strict=True)
+            )
+            and self._blocks.next_free(len(foreseen.blocks)) == list(foreseen.blocks.values())
+        )
+        if as_foreseen:
+            for sequence in foreseen.blocks:
+                self._blocks.append(sequence)
+        return as_foreseen
+
     def commit(self, chunks: Iterable[ScheduledChunk]) -> None:
         """The tokens of `chunks` are in the cache for good; full blocks of them become known."""
         for chunk in chunks:
@@ -162,9 +218,13 @@ class Scheduler:
         self._waiting.move_to_end(sequence, last=False)
         self._num_preemptions += 1
 
+    def _may_admit(self, num_running: int) -> bool:
+        """Whether a sequence waits, and might run beside so many."""
+        return bool(self._waiting) and num_running < self._limits.max_num_seqs
+
     def _admit(self) -> Sequence | None:
         """Lets the first waiting sequence run if all its tokens find blocks: a prefill then never preempts."""
-        if not self._waiting or len(self._running) >= self._limits.max_num_seqs:
+        if not self._may_admit(len(self._running)):
             return None
         sequence = next(iter(self._waiting))
         prefix = self._blocks.known_prefix(sequence)

@@ -61,6 +61,11 @@ class Sequence:
         """Whether only the last token is not in the cache yet."""
         return self.num_computed_tokens > 0 and self.num_uncomputed_tokens == 1
 
+    @property
+    def ends_with_next(self) -> bool:
+        """Whether the next token is the last, whichever it is."""
+        return self.num_output_tokens + 1 >= self.request.max_tokens
+
     def append(self, token_id: int) -> FinishReason | None:
         """Adds a sampled token; the reason when the sequence ends with it."""
         self.token_ids.append(token_id)

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from benchmarks.scaling.curve import Curve, best_of, in_turn, timed
+from cluster.ahead import prepare_step
 from cluster.batch_builder import build_batch
 from cluster.block_manager import BlockManager
 from cluster.limits import EngineLimits
@@ -34,6 +35,14 @@ def scheduler_curves(rounds: int, most: int, longest: int) -> list[Curve]:
             "every sequence of a step is one token to lay out",
             1,
             in_turn(counts, rounds, _decode_step_us),
+        ),
+        Curve(
+            "decode step, prepared, until it runs",
+            "running sequences",
+            "us a step: take, fill in",
+            "every sequence of a step is compared, and has one token to fill in",
+            1,
+            in_turn(counts, rounds, _prepared_step_us),
         ),
         Curve(
             "batch with one long context",
@@ -135,6 +144,28 @@ def _step(scheduler: Scheduler, limits: EngineLimits) -> None:
 def _decode_step_us(count: int) -> float:
     scheduler, limits, _ = _running(count)
     return best_of(16, lambda: timed(lambda: _step(scheduler, limits))) * 1e6
+
+
+def _prepared_step_us(count: int) -> float:
+    """Of a step that was laid out while the one before it ran."""
+    scheduler, limits, _ = _running(count)
+    chunks = scheduler.schedule()
+
+    def take_up() -> float:
+        nonlocal chunks
+        prepared = prepare_step(scheduler, chunks, 1, limits.block_size)
+        assert prepared is not None
+        scheduler.commit(chunks)
+        for chunk in chunks:
+            chunk.sequence.append(1)
+        begun = time.perf_counter()
+        assert scheduler.take(prepared.foreseen)
+        prepared.batches(_CPU)
+        took = time.perf_counter() - begun
+        chunks = prepared.foreseen.chunks
+        return took
+
+    return best_of(16, take_up) * 1e6
 
 
 def _mixed_batch_us(longest: int) -> float:

@@ -1,8 +1,10 @@
 """The tensors of a micro-batch, worked by hand."""
 
+from array import array
+
 import torch
 
-from cluster.batch_builder import build_batch
+from cluster.batch_builder import build_batch, lay_out
 from cluster.request import GenerationRequest
 from cluster.scheduler import ScheduledChunk
 from cluster.sequence import Sequence
@@ -30,6 +32,22 @@ def test_a_decode_and_a_chunk_over_a_block_border_lie_end_to_end() -> None:
     assert batch.num_decodes == 1
     assert batch.logits_indices.tolist() == [0, 5]
     assert {t.dtype for t in (batch.token_ids, batch.slot_mapping, batch.block_tables)} == {torch.int64}
+
+
+def test_decodes_whose_tokens_are_not_known_yet_are_laid_out_before_they_are() -> None:
+    first, second = sequence((10, 11, 12), [5, 9]), sequence((20, 21), [3])
+    chunks = [ScheduledChunk(first, 3, 4, True, True), ScheduledChunk(second, 2, 3, True, True)]
+    layout = lay_out(chunks, [first.block_table, array("q", [3, 8])], 2)
+    for made, token in ((first, 13), (second, 22)):
+        made.append(token)
+    second.block_table.append(8)
+    layout.fill_in([13, 22])
+    batch, expected = layout.batch(CPU), build_batch(chunks, 2, CPU)
+    assert batch.token_ids.tolist() == [13, 22]
+    assert batch.slot_mapping.tolist() == [19, 16]
+    for name, value in vars(expected).items():
+        assert torch.equal(getattr(batch, name), value) if isinstance(value, torch.Tensor) else True
+    assert (batch.context_lens, batch.cu_seqlens_q, batch.num_decodes) == ((4, 3), (0, 1, 2), 2)
 
 
 def test_no_chunk_gives_an_empty_batch_of_the_same_form() -> None:

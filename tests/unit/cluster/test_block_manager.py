@@ -152,8 +152,10 @@ def test_what_nobody_knows_is_taken_first_then_the_least_recently_used_its_tail_
     blocks.free(old)
     blocks.free(new)
     taker = of(*[3] * 20)
+    foreseen = blocks.next_free(6)
     blocks.append(taker)
     assert list(taker.block_table)[1:] == [old_tail, old_begin, new_tail, new_begin]
+    assert foreseen == list(taker.block_table), "there are five, in the order of taking"
 
 
 def test_taking_a_prefix_makes_it_the_most_recently_used() -> None:

@@ -142,9 +142,9 @@ def test_micro_batches_interleave_in_the_documented_order_and_keep_their_results
     expected = [run_steps(model, batch, new_cache(), experts) for batch in batches]
     log: list[str] = []
     steps = [model.forward_steps(b, new_cache(), _Recorder(i, log, experts)) for i, b in enumerate(batches)]
-    results = run_micro_batches(steps)
+    results = run_micro_batches(steps, meanwhile=lambda: log.append("meanwhile"))
     assert " ".join(log) == (
-        "D(l1,0) D(l1,1) D(l1,2) C(l1,0) D(l2,0) C(l1,1) D(l2,1) C(l1,2) D(l2,2) C(l2,0) C(l2,1) C(l2,2)"
+        "D(l1,0) D(l1,1) D(l1,2) meanwhile C(l1,0) D(l2,0) C(l1,1) D(l2,1) C(l1,2) D(l2,2) C(l2,0) C(l2,1) C(l2,2)"
     )
     assert all(torch.equal(result, wanted) for result, wanted in zip(results, expected, strict=True))
 
