@@ -37,8 +37,8 @@ ARGUMENTS = (
     "slots",  # address of `num_slots` slots
     "num_slots",  # as many parts there are at most
 )
-# Fewer tokens are not worth a part: gathering the queries takes as long.
-_LEAST_TOKENS = 32
+# Fewer tokens are not worth a part: a part takes as long as 50 for its queries and for being brought together.
+_LEAST_TOKENS = 64
 _RESULT_AT = 2 * HEADS * 4
 _LEAST = -3.0e38
 
@@ -133,26 +133,33 @@ def _join(build: Builder, rank: int, tiles: Value, most: Value) -> None:
             slots = build.at(given["slots"], (build.ir.mul(tile, most), 4 * slot_floats(rank)))
             peak = build.variable(build.numbers(_LEAST))
             with build.loop(parts) as part:
-                peak.set(build.larger(peak.get(), _of_head(build, slots, part, rank, lane, 0)))
+                peak.set(
+                    build.larger(peak.get(), build.spread(build.float_at(_of_head(build, slots, part, rank, lane))))
+                )
+            total = build.variable(build.numbers(0.0))
+            with build.loop(parts) as part:
+                largest = _of_head(build, slots, part, rank, lane)
+                total_at = build.at(largest, (build.const(HEADS), 4))
+                below = build.ir.fsub(build.spread(build.float_at(largest)), peak.get())
+                power = build.exp(build.ir.fmul(below, scale))
+                weight = build.ir.fmul(power, build.spread(build.float_at(total_at)))
+                total.set(build.ir.fadd(total.get(), weight))
+                build.put_float(total_at, build.lane(weight, 0))  # in its place
             with build.loop(build.const(rank), step=LANES) as i:
-                total = build.variable(build.numbers(0.0))
                 result = build.variable(build.numbers(0.0))
                 with build.loop(parts) as part:
-                    below = build.ir.fsub(_of_head(build, slots, part, rank, lane, 0), peak.get())
-                    power = build.exp(build.ir.fmul(below, scale))
-                    weight = build.ir.fmul(power, _of_head(build, slots, part, rank, lane, HEADS))
-                    total.set(build.ir.fadd(total.get(), weight))
+                    total_at = build.at(_of_head(build, slots, part, rank, lane), (build.const(HEADS), 4))
                     column = build.ir.add(build.ir.mul(lane, build.const(rank)), i)
                     at = build.at(slots, (part, 4 * slot_floats(rank)), (build.const(_RESULT_AT), 1), (column, 4))
+                    weight = build.spread(build.float_at(total_at))
                     result.set(build.fma(build.load(at, Kind.FLOAT32), weight, result.get()))
                 out = build.at(given["mixed"], (place, 2 * rank), (i, 2))
                 build.store(out, build.ir.fdiv(result.get(), total.get()), Kind.BFLOAT16)
 
 
-def _of_head(build: Builder, slots: Value, part: Value, rank: int, lane: Value, offset: int) -> Value:
-    """A number of one head of a part, in every lane: the largest score, or from HEADS on the total."""
-    at = build.at(slots, (part, 4 * slot_floats(rank)), (lane, 4), (build.const(offset), 4))
-    return build.spread(build.float_at(at))
+def _of_head(build: Builder, slots: Value, part: Value, rank: int, lane: Value) -> Value:
+    """Where the largest score of one head of a part is; its total is sixteen numbers behind it."""
+    return build.at(slots, (part, 4 * slot_floats(rank)), (lane, 4))
 
 
 def _most_parts(build: Builder, tiles: Value) -> Value:

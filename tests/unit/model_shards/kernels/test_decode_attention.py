@@ -224,11 +224,11 @@ def many_threads(monkeypatch) -> Iterator[list[torch.Tensor]]:
     [
         ([700], 16, 16, 7),
         ([700], 5, 16, 7),
-        ([100], 16, 16, 3),  # no more than are worth it
+        ([200], 16, 16, 3),  # no more than are worth it
         ([1], 16, 16, 0),
         ([700], 16, 256, 3),  # no more than blocks
         ([513], 20, 16, 6),  # of two tiles of heads
-        ([300, 40, 600], 16, 48, 4),  # two each, but for the one that is too short
+        ([300, 100, 600], 16, 48, 4),  # two each, but for the one that is too short
         ([300] * 4, 16, 16, 0),  # a piece for more than half of the threads
     ],
 )
