@@ -22,6 +22,7 @@ from cluster.prefill_budget import NOTHING_ELSEWHERE, Elsewhere, PrefillBudget
 from cluster.request import FinishReason, GenerationRequest, ReplicaLoad, StepOutput, TokenLogprob
 from cluster.scheduler import ScheduledChunk, Scheduler, split_micro_batches
 from cluster.sequence import Sequence
+from cluster.step_work import context_worth_a_token, mean_context, work_of
 from model_shards.batch import AttentionBatch
 from model_shards.config import ModelConfig
 from model_shards.errors import ConfigError, InvalidRequestError
@@ -77,6 +78,7 @@ class SampledStep:
 
     tokens: tuple[SampledToken, ...]
     seconds: float  # that the step took to run
+    waited_s: float | None = None  # of these for what the experts send back; None: it cannot be told
 
 
 class Engine:
@@ -96,6 +98,7 @@ class Engine:
                 f"the cache has {kv_cache.num_blocks} of {kv_cache.block_size}"
             )
         self._vocab_size = config.vocab_size
+        self._context_worth = context_worth_a_token(config)
         self._model = model
         self._kv_cache = kv_cache
         self._device = kv_cache.data.device
@@ -112,6 +115,7 @@ class Engine:
         self._prepared: PreparedStep | None = None  # newer than the last `schedule`
         self._cancelled: list[Sequence] = []  # cancelled while their step was under way
         self._num_steps = 0
+        self._step_s = self._waited_s = self._experts_s = 0.0
 
     def add(self, request: GenerationRequest) -> None:
         """Queues a request. Raises InvalidRequestError, with the numbers, when it can never be generated here."""
@@ -207,7 +211,10 @@ class Engine:
         kind = _kind_of(step.chunks)
         if self._chooser is not None and kind is not None:
             count = sum(batch.num_tokens > 0 for batch in step.micro_batches)
-            self._chooser.observe(kind, step.num_tokens, count, sampled.seconds)
+            work = work_of(step.chunks, self._context_worth)
+            self._chooser.observe(kind, work, count, sampled.seconds, sampled.waited_s)
+        self._step_s += sampled.seconds
+        self._waited_s += sampled.waited_s or 0.0
         if self._prefill_budget is not None and step.chunks:
             num_decodes = step.num_tokens - step.num_prefill_tokens
             self._prefill_budget.observe(num_decodes, step.num_prefill_tokens, sampled.seconds, elsewhere)
@@ -225,6 +232,12 @@ class Engine:
         ]
         self._end_cancelled()
         return outputs
+
+    def experts_took(self, seconds: float | None) -> None:
+        """What the slowest expert rank computed in the step committed last, as told after it; None: it is not known."""
+        self._experts_s += seconds or 0.0
+        if self._chooser is not None:
+            self._chooser.experts_took(seconds)
 
     def abandon(self, step: ScheduledStep) -> None:
         """Forgets a step that will not be committed; the next `schedule` builds it again. Twice is no error."""
@@ -257,6 +270,9 @@ class Engine:
             num_preemptions=self._scheduler.num_preemptions,
             num_steps=self._num_steps,
             num_cached_tokens=self._scheduler.num_cached_tokens,
+            step_s=self._step_s,
+            waited_s=self._waited_s,
+            experts_s=self._experts_s,
         )
 
     def check_integrity(self) -> None:
@@ -323,5 +339,7 @@ def _num_tokens(chunks: SequenceOf[ScheduledChunk]) -> int:
 
 def _kind_of(chunks: SequenceOf[ScheduledChunk]) -> StepKind | None:
     """None without a token."""
+    if not chunks:
+        return None
     has_prefill = any(not chunk.is_decode for chunk in chunks)
-    return kind_of(_num_tokens(chunks), has_prefill) if chunks else None
+    return kind_of(_num_tokens(chunks), has_prefill, mean_context(chunks))

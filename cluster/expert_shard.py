@@ -89,11 +89,16 @@ class ExpertShard:
                 pin_threads(self._spec, Role.EXPERT, self._ep_rank)
             on_joined()
             log_event(logger, "epoch joined", epoch=membership.epoch, experts=len(self._shard.experts))
+            computed_s: float | None = None  # since the last header
             while True:
-                header = StepHeader(membership.epoch, (0,) * num_micro_batches, self._leave.asked())
+                header = StepHeader(
+                    membership.epoch, (0,) * num_micro_batches, self._leave.asked(), computed_s=computed_s
+                )
                 agreed = session.headers.exchange(header)
+                computed_s = None
                 if not agreed.idle:
                     dispatcher.run_step(agreed.plan, self._shard)
+                    computed_s = dispatcher.computed_s
                     self._rows_received = before + dispatcher.rows_received
                 if agreed.ends:
                     return

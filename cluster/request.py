@@ -60,3 +60,7 @@ class ReplicaLoad:
     num_preemptions: int
     num_steps: int
     num_cached_tokens: int  # prompt tokens that were taken from the prefix cache since the start
+    # Seconds of all steps since the start; the last two only where a host's clock sees them (CPU ranks).
+    step_s: float = 0.0
+    waited_s: float = 0.0  # of these, for what the experts sent back
+    experts_s: float = 0.0  # that the slowest expert rank computed in each step

@@ -2,9 +2,10 @@
 
 One row of int64 per rank, gathered through shared memory, or over the control group (gloo, CPU):
 
-    [ epoch | flags | prefill tokens | allowed ones, or -1 | tokens of micro-batch 0 | 1 | 2 ]
+    [ epoch | flags | prefill tokens | allowed ones, or -1 | expert time, or -1 | tokens of micro-batch 0 | 1 | 2 ]
 
-Expert ranks send zero tokens and allow any number.
+Expert ranks send zero tokens and allow any number; they alone have a time to tell, microseconds of the step before,
+if there was one.
 
 All ranks see all rows, so all ranks decide alike: run, fall idle, or end the epoch.
 """
@@ -25,9 +26,10 @@ from cluster.shm.mesh import Mesh
 from cluster.topology import Role, Topology
 from model_shards.errors import EpochAbortedError
 
-_BEFORE_TOKENS = 4
+_BEFORE_TOKENS = 5
 _FIELDS = _BEFORE_TOKENS + MAX_MICRO_BATCHES
 _ANY_NUMBER = -1
+_NO_TIME = -1
 _ENDS, _HAS_PREFILL = 1, 2  # flags
 
 
@@ -41,13 +43,15 @@ class StepHeader:
     num_prefill_tokens: int = 0  # of them all
     has_prefill: bool = False  # in this step or a later one
     allowed_prefill: int | None = None  # prefill tokens of the cell that this rank's decodes bear (PrefillBudget)
+    computed_s: float | None = None  # by an expert rank since its last header (ExpertDispatcher.computed_s)
 
     def row(self) -> list[int]:
         """As it is sent; `agree` reads it."""
         allowed = _ANY_NUMBER if self.allowed_prefill is None else self.allowed_prefill
+        time_us = _NO_TIME if self.computed_s is None else round(self.computed_s * 1e6)
         flags = self.ends * _ENDS | self.has_prefill * _HAS_PREFILL
         unused = [0] * (MAX_MICRO_BATCHES - len(self.tokens))
-        return [self.epoch, flags, self.num_prefill_tokens, allowed, *self.tokens, *unused]
+        return [self.epoch, flags, self.num_prefill_tokens, allowed, time_us, *self.tokens, *unused]
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class AgreedStep:
     num_prefill_tokens: tuple[int, ...]  # by attention rank
     has_prefill: tuple[bool, ...]
     allowed_prefill: tuple[int | None, ...]
+    experts_s: float | None  # that the slowest expert rank computed in the step before; None: not all tell
 
     def elsewhere(self, attention_rank: int) -> Elsewhere:
         """What the other attention ranks told."""
@@ -86,7 +91,8 @@ def agree(rows: list[list[int]], epoch: int, topology: Topology, num_micro_batch
             raise EpochAbortedError(
                 f"rank {topology.name(global_rank)} sent a step header of epoch {row[0]} into epoch {epoch}"
             )
-    attention = rows[: topology.num_attention]
+    attention, experts = rows[: topology.num_attention], rows[topology.num_attention :]
+    times_us = [row[4] for row in experts]
     tokens = tuple(tuple(row[_BEFORE_TOKENS : _BEFORE_TOKENS + num_micro_batches]) for row in attention)
     return AgreedStep(
         StepPlan(epoch, tokens),
@@ -94,6 +100,7 @@ def agree(rows: list[list[int]], epoch: int, topology: Topology, num_micro_batch
         num_prefill_tokens=tuple(row[2] for row in attention),
         has_prefill=tuple(bool(row[1] & _HAS_PREFILL) for row in attention),
         allowed_prefill=tuple(None if row[3] == _ANY_NUMBER else row[3] for row in attention),
+        experts_s=None if _NO_TIME in times_us else max(times_us) / 1e6,
     )
 
 

@@ -3,7 +3,7 @@
 import logging
 import queue
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -136,6 +136,7 @@ class StepLoop:
                 step.allowed_prefill,
             )
             agreed = session.headers.exchange(header)
+            self._engine.experts_took(agreed.experts_s)
             self._elsewhere = agreed.elsewhere(global_rank)
             outputs = self._run(step, agreed, dispatcher)
         except BaseException:
@@ -153,6 +154,7 @@ class StepLoop:
             self._engine.abandon(step)
             return []
         dispatcher.begin_step(agreed.plan)
+        waited_s = dispatcher.waited_s
         routed = [dispatcher.routed(index) for index in range(self._num_micro_batches)]
         try:
             sampled = self._engine.run(step, routed)
@@ -162,6 +164,8 @@ class StepLoop:
             if failed:
                 self._on_events(StepEvents(tuple(failed), ()))
             raise
+        if waited_s is not None and dispatcher.waited_s is not None:
+            sampled = replace(sampled, waited_s=dispatcher.waited_s - waited_s)
         return self._engine.commit(step, sampled, self._elsewhere)
 
     def _drain_inbox(self) -> list[Rejection]:

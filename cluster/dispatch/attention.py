@@ -79,6 +79,7 @@ class LockstepAttentionDispatcher:
         self._shape = shape
         self._tables = ExpertTables(placement, device)
         self._pool = BufferPool(device)
+        self._host_waits = device.type == "cpu"
         self._plan: StepPlan | None = None
         self._slots: dict[int, _Slot] = {}
 
@@ -99,6 +100,11 @@ class LockstepAttentionDispatcher:
     def rows_sent(self) -> tuple[int, ...]:
         """See `AttentionDispatcher`."""
         return self._tables.rows_sent
+
+    @property
+    def waited_s(self) -> float | None:
+        """See `AttentionDispatcher`."""
+        return self._link.waited_s if self._host_waits else None
 
     def _slot(self, plan: StepPlan, micro_batch: int) -> _Slot:
         num_tokens = plan.tokens[self._attention_rank][micro_batch]

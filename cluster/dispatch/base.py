@@ -50,6 +50,11 @@ class AttentionDispatcher(Protocol):
         """Rows with an expert on each shard that were sent in this epoch."""
         ...
 
+    @property
+    def waited_s(self) -> float | None:
+        """Seconds that this rank has waited for its rows in this epoch; None where the host does not wait for them."""
+        ...
+
 
 class PreparedExperts(Protocol):
     """The experts of each MoE layer as programs, of rows in one place: `model_shards.compiled.experts.PreparedRows`."""
@@ -100,4 +105,10 @@ class ExpertDispatcher(Protocol):
     @property
     def rows_received(self) -> int:
         """Rows with an expert here that came in this epoch; a step counts once it is over."""
+        ...
+
+    @property
+    def computed_s(self) -> float | None:
+        """Seconds of the last step in which this rank did not wait; None before the first, and where the host does not
+        wait for rows."""
         ...

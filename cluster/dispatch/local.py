@@ -39,6 +39,11 @@ class LocalDispatcher:
         """See `AttentionDispatcher`."""
         return self._tables.rows_sent
 
+    @property
+    def waited_s(self) -> float | None:
+        """None: experts compute in `dispatch`."""
+        return None
+
 
 class _LocalRouted:
     def __init__(

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from cluster.dispatch.order import Exchange
 from cluster.rendezvous import first_line
 from cluster.shm.mesh import Mesh
+from cluster.waiting import WaitTally
 from model_shards.errors import EpochAbortedError
 
 _FAILURES = (RuntimeError, OSError, ValueError)  # of transports
@@ -39,7 +40,10 @@ class Carrier(Protocol):
 
 
 class Transport(Protocol):
-    """Of one epoch."""
+    """Of one epoch. `waited` is what its carriers have waited in `end`, by the host's clock."""
+
+    @property
+    def waited(self) -> WaitTally: ...
 
     def carrier(self, lane: Lane) -> Carrier: ...
 
@@ -52,9 +56,10 @@ class DirectTransport:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
+        self.waited = WaitTally()
 
     def carrier(self, lane: Lane) -> Carrier:
-        return _GroupCarrier(self._group, lane, lane.send, lane.recv)
+        return _GroupCarrier(self._group, lane, lane.send, lane.recv, self.waited)
 
 
 class StagedTransport:
@@ -65,9 +70,10 @@ class StagedTransport:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
+        self.waited = WaitTally()
 
     def carrier(self, lane: Lane) -> Carrier:
-        return _StagedCarrier(self._group, lane)
+        return _StagedCarrier(self._group, lane, self.waited)
 
 
 class SharedTransport:
@@ -79,15 +85,19 @@ class SharedTransport:
     def __init__(self, mesh: Mesh, timeout_s: float) -> None:
         self._mesh = mesh
         self._timeout_s = timeout_s
+        self.waited = mesh.waited
 
     def carrier(self, lane: Lane) -> Carrier:
         return SharedCarrier(self._mesh, lane, self._timeout_s)
 
 
 class _GroupCarrier:
-    def __init__(self, group: dist.ProcessGroup, lane: Lane, send: torch.Tensor, recv: torch.Tensor) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, lane: Lane, send: torch.Tensor, recv: torch.Tensor, waited: WaitTally
+    ) -> None:
         self._group = group
         self._lane = lane
+        self._waited = waited
         self._send, self._recv = send, recv
         self._work: dist.Work | None = None
 
@@ -97,16 +107,18 @@ class _GroupCarrier:
 
     def end(self) -> None:
         assert self._work is not None, "an exchange is under way"
+        begun = time.monotonic_ns()
         self._work.wait()
+        self._waited.add(time.monotonic_ns() - begun)
         self._work = None
 
 
 class _StagedCarrier:
-    def __init__(self, group: dist.ProcessGroup, lane: Lane) -> None:
+    def __init__(self, group: dist.ProcessGroup, lane: Lane, waited: WaitTally) -> None:
         self._lane = lane
         self._send = torch.empty(lane.send.shape, dtype=torch.uint8)
         self._recv = torch.empty(lane.recv.shape, dtype=torch.uint8)
-        self._carrier = _GroupCarrier(group, lane, self._send, self._recv)
+        self._carrier = _GroupCarrier(group, lane, self._send, self._recv, waited)
 
     def start(self) -> None:
         self._send.copy_(self._lane.send)
@@ -152,6 +164,11 @@ class Link:
         self._transport = transport
         self._epoch = epoch
         self._rank_name = rank_name
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that this rank has waited in exchanges of the epoch, by the host's clock."""
+        return self._transport.waited.seconds
 
     def carrier(self, lane: Lane) -> Carrier:
         """What carries a lane. Raises EpochAbortedError when there is no memory for its messages."""

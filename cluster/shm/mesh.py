@@ -19,6 +19,7 @@ from cluster.shm.messages import Receiver, Sender
 from cluster.shm.outbox import Inbox, Outbox
 from cluster.shm.semaphore import available
 from cluster.shm.watch import ProcessWatch
+from cluster.waiting import WaitTally
 
 
 class PeerLostError(RuntimeError):
@@ -90,6 +91,7 @@ class Mesh:
         self._gone: str | None = None  # a peer whose process is gone
         self._inboxes: dict[int, Inbox] = {}
         self._closed = False
+        self.waited = WaitTally()  # for messages of `receiver`, not of `gather`
         others = [rank for rank in range(len(addresses)) if rank != me]
         try:
             for rank in others:
@@ -127,10 +129,11 @@ class Mesh:
         """
         if self._closed:
             raise RuntimeError("this rank has left the epoch")
-        return Receiver([(rank, self._inboxes[rank], out) for rank, out in messages], self._finish)
+        return Receiver([(rank, self._inboxes[rank], out) for rank, out in messages], self._finish, self.waited)
 
     def gather(self, row: list[int], deadline: float) -> list[list[int]]:
-        """Sends up to 7 integers to all ranks and waits for theirs; by global rank. Raises PeerLostError."""
+        """Sends integers, less than `outbox.ROW`, to all ranks and waits for theirs; by global rank. Raises
+        PeerLostError."""
         for rank in self._inboxes:
             self._outbox.send_row(rank, row)
         ranks = range(len(self._names))

@@ -1,12 +1,14 @@
 """Messages of one rank to its peers, or from them: of the same sizes, and in the same places, in every layer."""
 
 import ctypes
+import time
 from collections.abc import Callable, Sequence
 
 import torch
 
 from cluster.shm.calls import INCOMING, OUTGOING, RECEIVE_ARGUMENTS, SEND_ARGUMENTS, receive_code, send_code
 from cluster.shm.outbox import Inbox, Outbox, Way
+from cluster.waiting import WaitTally
 from model_shards.kernels.program import Call, Halt
 
 # (rank, where the message goes, deadline, whether its semaphore was taken): waits for it, or raises.
@@ -35,11 +37,12 @@ class Sender:
 class Receiver:
     """For one thread."""
 
-    def __init__(self, messages: Sequence[tuple[int, Inbox, torch.Tensor]], finish: Finish) -> None:
+    def __init__(self, messages: Sequence[tuple[int, Inbox, torch.Tensor]], finish: Finish, waited: WaitTally) -> None:
         """Peers' numbers and inboxes, and where their messages go: uint8 of their sizes."""
         self._messages = messages  # kept: the call has their addresses only
         self._finish = finish
         self._parts = _parts(INCOMING, [("target", inbox.way(), out) for _, inbox, out in messages])
+        self._waited = waited
         self._deadline = 0.0
         self.halt = Halt()
         # What `receive` does while all goes well, as one call of a program, which halts otherwise.
@@ -52,6 +55,7 @@ class Receiver:
             seconds=0,
             nanoseconds=0,
             taken=0,
+            waited=waited.address,
             halt=self.halt.address,
         )
 
@@ -66,7 +70,9 @@ class Receiver:
         while (first := self.call.get("first")) < len(self._messages):
             if self.halt.is_set:
                 rank, _, out = self._messages[first]
+                begun = time.monotonic_ns()
                 self._finish(rank, out, self._deadline, bool(self.call.get("taken")))
+                self._waited.add(time.monotonic_ns() - begun)
                 self.halt.clear()
                 self.call.set(first=first + 1)
             else:

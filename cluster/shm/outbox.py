@@ -33,7 +33,7 @@ import torch
 from cluster.shm.calls import DESCRIPTOR, RING
 from cluster.shm.semaphore import SIZE, Semaphore
 
-ROW = 8  # int64 of a row, its number included
+ROW = 10  # int64 of a row, its number included; a box is whole lines of 64 bytes
 TOKEN_BYTES = 16
 _HEAD = 64
 _CLOSED = 2 * SIZE

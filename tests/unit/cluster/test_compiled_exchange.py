@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -48,6 +49,7 @@ class Cell:
         self.shards = [FakeShard(experts) for experts in members.placement.shards]
         self.seed = 0
         self.num_threads = 1  # of each expert rank
+        self.pause_s = 0.0  # of an attention rank while its rows of a layer are away
 
     def step(self, plan: StepPlan) -> dict[str, BaseException]:
         """The errors of ranks that met one."""
@@ -65,7 +67,7 @@ class Cell:
             routed = self.attention[rank].routed(0)
             assert routed is not None
             for _ in exchange_only(routed, f"{self.seed}/{rank}", plan.tokens[rank][0], DTYPE, CPU):
-                pass
+                time.sleep(self.pause_s)
 
         def answer(rank: int) -> None:
             torch.set_num_threads(self.num_threads)  # this thread's alone
@@ -221,3 +223,52 @@ def test_traced_waits_are_those_of_the_other_way(
     events = json.loads((tmp_path / "both-epoch-1.json").read_text())["traceEvents"]
     # Either rank waits for both directions of each layer.
     assert Counter(event["cat"] for event in events) == {"dispatch": 2 * layers, "combine": 2 * layers}
+
+
+class SlowShard(FakeShard):
+    """Takes a while over each layer."""
+
+    def __init__(self, experts: tuple[int, ...], seconds: float) -> None:
+        super().__init__(experts)
+        self._seconds = seconds
+
+    def forward(self, layer, hidden, local_ids, weights):
+        time.sleep(self._seconds)
+        return super().forward(layer, hidden, local_ids, weights)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [3, 20])
+def test_either_role_tells_its_waiting_from_its_work_in_either_way(rows, threads, computed_in_the_other_way) -> None:
+    layers, pause_s = len(CONFIG.moe_layers), 0.2
+    members = membership(1, 1)
+    plan = StepPlan(1, ((rows,),))
+    with meshes(2) as made:
+        cell = Cell(made, members)
+        cell.num_threads = threads
+        attention, expert = cell.attention[0], cell.experts[0]
+        assert expert.computed_s is None
+        for _ in range(2):
+            assert cell.step(plan) == {}
+        computed_in_the_other_way.clear()
+
+        def step() -> tuple[float, float, float]:
+            """Seconds by the clock, that the attention rank waited, and that the expert rank did not."""
+            begun, waited = time.perf_counter(), attention.waited_s
+            assert cell.step(plan) == {}
+            assert waited is not None
+            return time.perf_counter() - begun, attention.waited_s - waited, expert.computed_s
+
+        cell.shards = [SlowShard(experts, pause_s) for experts in members.placement.shards]
+        step()  # in which these are prepared
+        seconds, waited, computed = step()
+        # Whatever else the machine does: what sleeps is not waiting, and some of the pause is seen from the other side.
+        assert layers * pause_s * 0.99 <= computed <= seconds
+        assert pause_s / 10 <= waited <= seconds
+        cell.shards = [FakeShard(experts) for experts in members.placement.shards]
+        step()
+        cell.pause_s = pause_s
+        seconds, waited, computed = step()
+        assert layers * pause_s * 0.99 <= seconds - waited
+        assert 0 < computed <= seconds - pause_s / 10
+        assert bool(computed_in_the_other_way) is (rows > 8)

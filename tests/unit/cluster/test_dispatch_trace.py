@@ -10,6 +10,7 @@ import torch
 from cluster.dispatch.order import Direction, Exchange
 from cluster.dispatch.trace import ExchangeTrace, TracedLink
 from cluster.dispatch.transport import Carrier, Lane
+from cluster.waiting import WaitTally
 from model_shards.errors import EpochAbortedError
 
 NOTHING = Lane(torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8), [], [])
@@ -20,6 +21,7 @@ class SlowTransport:
 
     def __init__(self, error: Exception | None = None) -> None:
         self._error = error
+        self.waited = WaitTally()
 
     def carrier(self, lane: Lane) -> Carrier:
         return SlowCarrier(self._error)
