@@ -19,7 +19,7 @@ from cluster.batch_builder import build_batch
 from cluster.limits import EngineLimits, check_request
 from cluster.micro_batches import MicroBatchChooser, StepKind, kind_of
 from cluster.prefill_budget import NOTHING_ELSEWHERE, Elsewhere, PrefillBudget
-from cluster.request import FinishReason, GenerationRequest, ReplicaLoad, StepOutput, TokenLogprob
+from cluster.request import NO_STEPS, FinishReason, GenerationRequest, ReplicaLoad, StepOutput, TokenLogprob
 from cluster.scheduler import ScheduledChunk, Scheduler, split_micro_batches
 from cluster.sequence import Sequence
 from cluster.step_work import context_worth_a_token, mean_context, work_of
@@ -115,7 +115,8 @@ class Engine:
         self._prepared: PreparedStep | None = None  # newer than the last `schedule`
         self._cancelled: list[Sequence] = []  # cancelled while their step was under way
         self._num_steps = 0
-        self._step_s = self._waited_s = self._experts_s = 0.0
+        self._last_sampled: SampledStep | None = None  # of the step committed last, until `experts_took`
+        self._times = NO_STEPS
 
     def add(self, request: GenerationRequest) -> None:
         """Queues a request. Raises InvalidRequestError, with the numbers, when it can never be generated here."""
@@ -213,8 +214,7 @@ class Engine:
             count = sum(batch.num_tokens > 0 for batch in step.micro_batches)
             work = work_of(step.chunks, self._context_worth)
             self._chooser.observe(kind, work, count, sampled.seconds, sampled.waited_s)
-        self._step_s += sampled.seconds
-        self._waited_s += sampled.waited_s or 0.0
+        self._last_sampled = sampled
         if self._prefill_budget is not None and step.chunks:
             num_decodes = step.num_tokens - step.num_prefill_tokens
             self._prefill_budget.observe(num_decodes, step.num_prefill_tokens, sampled.seconds, elsewhere)
@@ -235,7 +235,9 @@ class Engine:
 
     def experts_took(self, seconds: float | None) -> None:
         """What the slowest expert rank computed in the step committed last, as told after it; None: it is not known."""
-        self._experts_s += seconds or 0.0
+        last, self._last_sampled = self._last_sampled, None
+        if last is not None and last.waited_s is not None and seconds is not None:
+            self._times = self._times.after(last.seconds, last.waited_s, seconds)
         if self._chooser is not None:
             self._chooser.experts_took(seconds)
 
@@ -270,9 +272,7 @@ class Engine:
             num_preemptions=self._scheduler.num_preemptions,
             num_steps=self._num_steps,
             num_cached_tokens=self._scheduler.num_cached_tokens,
-            step_s=self._step_s,
-            waited_s=self._waited_s,
-            experts_s=self._experts_s,
+            times=self._times,
         )
 
     def check_integrity(self) -> None:

@@ -50,6 +50,32 @@ class StepOutput:
 
 
 @dataclass(frozen=True)
+class StepTimes:
+    """Of all steps since the start whose parts are known, as they are with CPU ranks once the next step begins."""
+
+    num_steps: int
+    step_s: float
+    waited_s: float  # of these, for what the experts sent back
+    experts_s: float  # that the slowest expert rank computed in each
+
+    def after(self, step_s: float, waited_s: float, experts_s: float) -> "StepTimes":
+        """With one step more."""
+        return StepTimes(self.num_steps + 1, self.step_s + step_s, self.waited_s + waited_s, self.experts_s + experts_s)
+
+    def since(self, earlier: "StepTimes") -> "StepTimes":
+        """Of the steps between."""
+        return StepTimes(
+            self.num_steps - earlier.num_steps,
+            self.step_s - earlier.step_s,
+            self.waited_s - earlier.waited_s,
+            self.experts_s - earlier.experts_s,
+        )
+
+
+NO_STEPS = StepTimes(0, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
 class ReplicaLoad:
     """What a router or autoscaler asks of a replica."""
 
@@ -60,7 +86,4 @@ class ReplicaLoad:
     num_preemptions: int
     num_steps: int
     num_cached_tokens: int  # prompt tokens that were taken from the prefix cache since the start
-    # Seconds of all steps since the start; the last two only where a host's clock sees them (CPU ranks).
-    step_s: float = 0.0
-    waited_s: float = 0.0  # of these, for what the experts sent back
-    experts_s: float = 0.0  # that the slowest expert rank computed in each step
+    times: StepTimes = NO_STEPS

@@ -1,6 +1,7 @@
 """Whole cells of plain processes: greedy tokens equal transformers', whatever the topology and the scheduling."""
 
 import dataclasses
+import time
 
 import pytest
 
@@ -10,6 +11,7 @@ from model_shards.errors import UnavailableError
 from tests.cells import (
     GREEDY,
     LIMITS,
+    NUM_TOKENS,
     assert_equal_to_transformers,
     assert_greedy_up_to_rounding,
     make_expected,
@@ -149,6 +151,24 @@ def test_a_killed_expert_is_noticed_and_named_and_the_other_processes_end(expect
         with pytest.raises(UnavailableError, match="rank E1 died"):
             list(outputs)
     assert not any(process.is_alive() for process in processes)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backend", "num_micro_batches"),
+    [("bfloat16", "shm", 1), ("float32", "shm", 2), ("float32", "gloo", 1)],
+)
+def test_the_parts_of_steps_are_told_and_add_up(expected, dtype, backend, num_micro_batches):
+    limits = dataclasses.replace(LIMITS, num_micro_batches=num_micro_batches)
+    spec = dataclasses.replace(spec_of(expected, 1, 2, dtype=dtype, limits=limits), data_backend=backend)
+    with Cell(spec) as cell:
+        begun = time.perf_counter()
+        cell.generate(requests_of(expected), timeout_s=60.0)
+        times = cell.load(0).times
+        seconds = time.perf_counter() - begun
+    assert times.num_steps >= NUM_TOKENS
+    assert 0 < times.step_s < seconds
+    assert 0 < times.waited_s < times.step_s
+    assert 0 < times.experts_s < seconds
 
 
 def test_a_request_that_can_never_fit_is_refused_with_the_numbers_and_the_next_one_is_served(expected):

@@ -334,6 +334,33 @@ def test_what_was_computed_with_logits_that_are_not_finite_is_never_shared() -> 
     assert count_tokens(engine, request) == 11 + 3
 
 
+def run_with_parts(engine: Engine, steps: int, waited_s: float, experts_s: float) -> list[int]:
+    """Numbers of micro-batches of steps of 1 s; what experts took is told when the next step is scheduled already."""
+    counts, told = [], None
+    for _ in range(steps):
+        step = engine.schedule()
+        engine.experts_took(told)
+        counts.append(sum(batch.num_tokens > 0 for batch in step.micro_batches))
+        engine.commit(step, replace(run(engine, step), seconds=1.0, waited_s=waited_s))
+        told = experts_s
+    engine.experts_took(told)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("waited_s", "experts_s", "tried"), [(0.02, 0.01, {1}), (0.99, 0.98, {1}), (0.5, 0.4, {1, 2, 3})]
+)
+def test_micro_batches_are_tried_where_the_parts_of_steps_promise_something(waited_s, experts_s, tried) -> None:
+    engine = make_engine(replace(LIMITS, num_micro_batches=3, choose_micro_batches=True))
+    for name in ("a", "bb", "ccc", "dddd"):
+        engine.add(request_of(name, 1, 40))
+    advance(engine)  # their prompts, which are of another kind
+    assert set(run_with_parts(engine, 20, waited_s, experts_s)) == tried
+    times = engine.load().times
+    assert times.num_steps == 20  # of that with the prompts nobody told
+    assert (times.step_s, times.waited_s, times.experts_s) == pytest.approx((20.0, 20 * waited_s, 20 * experts_s))
+
+
 def test_a_prompt_longer_than_the_budget_is_cut_into_chunks_beside_decodes() -> None:
     engine = make_engine()
     engine.add(request_of("a", 2, 10))
