@@ -1,4 +1,4 @@
-"""How long a rank has waited for messages of its peers: what is left of a step is its own work."""
+"""How long a rank has waited in exchanges with its peers: what is left of a step is its own work."""
 
 import ctypes
 

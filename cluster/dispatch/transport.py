@@ -40,7 +40,7 @@ class Carrier(Protocol):
 
 
 class Transport(Protocol):
-    """Of one epoch. `waited` is what its carriers have waited in `end`, by the host's clock."""
+    """Of one epoch. `waited` is what its carriers have waited, by the host's clock."""
 
     @property
     def waited(self) -> WaitTally: ...

@@ -36,7 +36,11 @@ INCOMING = (
     "semaphore",
 )
 
-SEND_ARGUMENTS = ("count", "messages")
+SEND_ARGUMENTS = (
+    "count",
+    "messages",
+    "waited",  # address of nanoseconds, to which those of waking are added
+)
 RECEIVE_ARGUMENTS = (
     "count",
     "messages",
@@ -51,7 +55,11 @@ RECEIVE_ARGUMENTS = (
 
 @functools.cache
 def send_code() -> TeamFunction:
-    """Writes all messages, in order; then wakes their readers, in order. Where the outbox is closed nothing is sent."""
+    """Writes all messages, in order; then wakes their readers, in order. Where the outbox is closed nothing is sent.
+
+    A reader that is woken on this rank's core takes it, as a rule, so that waking lasts until it sleeps again: that is
+    no work of this rank but a wait.
+    """
     build = Builder(SEND_ARGUMENTS)
     given = build.arguments
     with build.only_first():
@@ -69,10 +77,14 @@ def send_code() -> TeamFunction:
                 build.ir.fence("release")
                 build.put_int(descriptor, number)
                 build.put_int(message.get("number"), number)
+        clock = ir.Constant(I32, CLOCK_MONOTONIC)
+        begun = _now(build, clock)
         with build.loop(given["count"]) as index:
             message = _Message(build, given["messages"], index, OUTGOING)
             with build.ir.if_then(_is_open(build, message)):
                 build.call("sem_post", I32, (build.pointer(message.get("semaphore")),))
+        took = build.ir.sub(_now(build, clock), begun)
+        build.put_int(given["waited"], build.ir.add(build.int_at(given["waited"]), took))
     return TeamFunction(build.finish(), functions())
 
 

@@ -91,7 +91,7 @@ class Mesh:
         self._gone: str | None = None  # a peer whose process is gone
         self._inboxes: dict[int, Inbox] = {}
         self._closed = False
-        self.waited = WaitTally()  # for messages of `receiver`, not of `gather`
+        self.waited = WaitTally()  # in what `sender` and `receiver` give, not in `gather`
         others = [rank for rank in range(len(addresses)) if rank != me]
         try:
             for rank in others:
@@ -120,7 +120,7 @@ class Mesh:
         for rank, message in messages:
             self._outbox.reserve(rank, message.shape[0])
         order = [(index + self._me + 1) % len(messages) for index in range(len(messages))]
-        return Sender(self._outbox, [messages[index] for index in order])
+        return Sender(self._outbox, [messages[index] for index in order], self.waited)
 
     def receiver(self, messages: Sequence[tuple[int, torch.Tensor]]) -> Receiver:
         """Of messages from peers, by rank, into uint8 tensors of their sizes. Receiving raises PeerLostError.

@@ -18,13 +18,20 @@ Finish = Callable[[int, torch.Tensor, float, bool], None]
 class Sender:
     """For one thread."""
 
-    def __init__(self, outbox: Outbox, messages: Sequence[tuple[int, torch.Tensor]]) -> None:
+    def __init__(self, outbox: Outbox, messages: Sequence[tuple[int, torch.Tensor]], waited: WaitTally) -> None:
         """uint8 [B] by reader, which the outbox has room for; in the order in which readers are woken."""
         self._outbox = outbox
         self._messages = messages  # kept: the call has their addresses only
         self._parts = _parts(OUTGOING, [("source", outbox.way(rank), message) for rank, message in messages])
+        self._waited = waited
         # What `send` does, as one call of a program; sends nothing once the outbox is closed.
-        self.call = Call(send_code(), SEND_ARGUMENTS, count=len(messages), messages=ctypes.addressof(self._parts))
+        self.call = Call(
+            send_code(),
+            SEND_ARGUMENTS,
+            count=len(messages),
+            messages=ctypes.addressof(self._parts),
+            waited=waited.address,
+        )
 
     def send(self) -> None:
         """Copies all of them, then wakes their readers. Raises RuntimeError when the outbox is closed."""

@@ -21,6 +21,7 @@ from cluster.shm.semaphore import Semaphore
 from cluster.shm.watch import ProcessWatch
 from cluster.step_header import HeaderExchange, StepHeader
 from cluster.topology import Topology
+from cluster.waiting import WaitTally
 from model_shards.errors import EpochAbortedError
 from model_shards.placement import contiguous_placement
 from tests.meshes import meshes
@@ -38,7 +39,7 @@ def message(*values):
 
 def send(outbox, reader, content):
     outbox.reserve(reader, content.shape[0])
-    Sender(outbox, [(reader, content)]).send()
+    Sender(outbox, [(reader, content)], WaitTally()).send()
 
 
 def receive(mesh, rank, out, deadline):
@@ -234,7 +235,7 @@ def test_nobody_is_woken_before_all_messages_are_written():
     large = torch.ones(8_000_000, dtype=torch.uint8)
     for rank, content in ((1, message(7)), (2, large)):
         outbox.reserve(rank, content.shape[0])
-    sender = Sender(outbox, [(1, message(7)), (2, large)])
+    sender = Sender(outbox, [(1, message(7)), (2, large)], WaitTally())
     found = []
 
     def look(number):
