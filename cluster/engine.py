@@ -211,9 +211,8 @@ class Engine:
         self._num_steps += 1
         kind = _kind_of(step.chunks)
         if self._chooser is not None and kind is not None:
-            count = sum(batch.num_tokens > 0 for batch in step.micro_batches)
             work = work_of(step.chunks, self._context_worth)
-            self._chooser.observe(kind, work, count, sampled.seconds, sampled.waited_s)
+            self._chooser.observe(kind, work, step.num_filled, sampled.seconds, sampled.waited_s)
         self._last_sampled = sampled
         if self._prefill_budget is not None and step.chunks:
             num_decodes = step.num_tokens - step.num_prefill_tokens
