@@ -11,9 +11,9 @@ trial costs two steps of each kind, and the parts of a step tell where none can 
     seconds of k micro-batches >= max(A, E, (A + waiting) / k)
 
 That is `best_case`. With the A and E of fewer micro-batches than k it holds as well, since none reads less for being
-more. One that does not promise to beat the best is not tried. Of the others the most promising is tried first, and
-then what counts is a step's time as a whole: parts do not know which ranks share cores, nor what an exchange costs
-however few its rows are.
+more. One that does not promise to beat the best is not tried. Of the others the most promising is tried first, of those
+about as good the fewest, and then what counts is a step's time as a whole: parts do not know which ranks share cores,
+nor what an exchange costs however few its rows are.
 
 A step's time holds the other replicas' work too, since ranks run in lockstep, while a kind of step is that of this
 replica alone: with several replicas a choice can be off for as long as the others' load happens to differ between
@@ -28,6 +28,7 @@ _FIRST_TRIALS = 2  # the first one of a count also sizes its buffers
 _TRIED_AGAIN_AFTER = 256  # steps of a kind
 _CLEARLY_WORSE = 1.05
 _WORTH_TRYING = 0.95  # of the best that was measured: what a best case is to be below
+_ABOUT_AS_GOOD = 1.1  # of the best best case: up to there the fewest are tried first
 _SHALLOW = 1024  # tokens of context, below which it does not matter how many they are
 
 
@@ -144,9 +145,9 @@ class MicroBatchChooser:
         worth = [count for count in counts if count in (1, best) or record.promising(count, best)]
         untried = [count for count in worth if record.times_tried(count) < _FIRST_TRIALS]
         if untried:
-            # Of those that promise about as much, the fewest: each costs a little that parts do not tell.
+            # Each costs a little that parts do not tell.
             least = min(map(record.best_case, untried))
-            return next(count for count in untried if record.best_case(count) * _WORTH_TRYING <= least)
+            return next(count for count in untried if record.best_case(count) <= _ABOUT_AS_GOOD * least)
         if record.num_steps % _TRIED_AGAIN_AFTER == 0:
             return worth[record.next_trial % len(worth)]
         return best
