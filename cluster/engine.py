@@ -213,7 +213,7 @@ class Engine:
         if self._chooser is not None and kind is not None:
             work = work_of(step.chunks, self._context_worth)
             self._chooser.observe(kind, work, step.num_filled, sampled.seconds, sampled.waited_s)
-        self._last_sampled = sampled
+        self._last_sampled = sampled if step.chunks else None  # what others computed is no part of its own times
         if self._prefill_budget is not None and step.chunks:
             num_decodes = step.num_tokens - step.num_prefill_tokens
             self._prefill_budget.observe(num_decodes, step.num_prefill_tokens, sampled.seconds, elsewhere)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model_shards.packing import pack, pack_int8
+from model_shards.packing import has_int8_products, pack, pack_int8
 from model_shards.quantization import Quantization, quantize_matrices, widened_product
 
 
@@ -53,7 +53,9 @@ class FrozenLinear(nn.Module):
         """
         rows = quantize_matrices([self.weight.data], Quantization.INT8)
         release(self.weight)
-        multiply = pack_int8(rows.values[None], rows.scale_inv[None]) if self._dtype is torch.bfloat16 else None
+        multiply = None
+        if has_int8_products(self._dtype, rows.values.device):
+            multiply = pack_int8(rows.values[None], rows.scale_inv[None])
         if multiply is None:
             self._multiply = lambda x: widened_product(x.to(self._dtype), rows).to(self._dtype)
         else:

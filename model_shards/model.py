@@ -26,7 +26,7 @@ from model_shards.mla import MultiHeadLatentAttention
 from model_shards.mlp import MLP
 from model_shards.moe import MoE
 from model_shards.norm import RMSNorm
-from model_shards.packing import program_instructions
+from model_shards.packing import has_int8_products, program_instructions
 from model_shards.rope import RotaryEmbedding
 from model_shards.routed import RoutedExperts
 
@@ -120,8 +120,9 @@ class AttentionModel(nn.Module):
     def lay_out(self, in_int8: bool = False) -> None:
         """Lays the matrices out for this device, once, after they were filled; `hf_slices` is of no use then.
 
-        `in_int8`: those of attention, dense layers, shared experts and logits in 8 bits (model_shards.quantization).
-        What is neither: W_UK, W_UV, gates and embedding, from which a model without `lm_head` has its logits. Raises
+        `in_int8`: those of attention, dense layers and shared experts in 8 bits (model_shards.quantization), and that
+        of the logits where there are products of 8 bits: elsewhere all of it would be widened in each step. What is
+        none of these: W_UK, W_UV, gates and embedding, from which a model without `lm_head` has its logits. Raises
         CheckpointError for one that cannot be quantized.
         """
         try:
@@ -145,7 +146,7 @@ class AttentionModel(nn.Module):
             taken = name.endswith("kv_b_proj") if self._compiled is None else name != "lm_head"
             if not isinstance(module, FrozenLinear) or taken:
                 continue
-            if in_int8:
+            if in_int8 and (name != "lm_head" or has_int8_products(module.weight.dtype, module.weight.device)):
                 module.lay_out_int8()
             else:
                 module.lay_out()

@@ -45,6 +45,11 @@ def program_instructions(dtype: torch.dtype, device: torch.device) -> Instructio
     return None if instructions is None or instructions.arithmetic is Arithmetic.WIDEN else instructions
 
 
+def has_int8_products(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether rows of `dtype` meet matrices of 8 bits as integers on this machine; elsewhere those are widened."""
+    return dtype is torch.bfloat16 and program_instructions(torch.int8, device) is not None
+
+
 def each_its_rows(
     x: torch.Tensor, counts: Sequence[int], multiply: Callable[[int, torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:

@@ -9,7 +9,7 @@ whole numbers of them.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from enum import Enum
 from typing import Any, TypeAlias
@@ -23,6 +23,7 @@ from model_shards.kernels.product_ir import rows_ir
 from model_shards.kernels.tile_ir import DECLARATIONS
 
 LANES = 16
+LEAST = -3.0e38  # below every score
 
 I1, I16, I32, I64, F32 = ir.IntType(1), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _POINTER = ir.PointerType()
@@ -438,9 +439,12 @@ class Builder:
         """Lane i of the result is lane lanes[i]."""
         return self.ir.shuffle_vector(vector, vector, ir.Constant(_WORDS, [ir.Constant(I32, lane) for lane in lanes]))
 
-    def run(self, name: str, arguments: Value) -> None:
+    def run(self, name: str, arguments: Sequence[str], values: Mapping[str, Value]) -> None:
         """All pieces of another compiled function, which the module is told where to find, on this thread."""
-        self.call(name, ir.VoidType(), (self.pointer(arguments), self.const(0), self.const(1)))
+        told = self.array(2 * len(arguments))
+        for index, argument in enumerate(arguments):
+            self.put_int(self.at(told, (self.const(index), 8)), values[argument])
+        self.call(name, ir.VoidType(), (self.pointer(told), self.const(0), self.const(1)))
 
     def call(self, name: str, result: ir.Type, values: Sequence[Value]) -> Value:
         """An intrinsic of LLVM, or a function that the module is given."""

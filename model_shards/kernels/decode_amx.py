@@ -18,20 +18,18 @@ from dataclasses import dataclass
 
 from model_shards.kernels.amx import Amx
 from model_shards.kernels.amx_ir import ROW_BYTES
-from model_shards.kernels.builder import LANES, Builder, Kind, Value
+from model_shards.kernels.builder import LANES, LEAST, Builder, Kind, Value
 from model_shards.kernels.decode_ir import CHUNK_TOKENS
-from model_shards.kernels.decode_parts import ARGUMENTS, Piece, pieces, put_result
+from model_shards.kernels.decode_parts import ARGUMENTS, HEADS, Piece, pieces_of_decodes, put_result, up
 from model_shards.kernels.instructions import AMX_ROWS, AMX_WORDS
 from model_shards.kernels.machine_code import TeamFunction
 from model_shards.kernels.quantized_latents import WIDEN_ARGUMENTS, QuantizedRow, widen
 
 _WORD = 4
-_HEADS = LANES
 _TILE_BYTES = AMX_ROWS * ROW_BYTES
 _SUMS = 4  # registers of them
 _SPAN = 2 * AMX_WORDS  # tokens of a tile of p, and of one of values
 _AT_ONCE = 8  # scores
-_LEAST = -3.0e38
 
 
 def serves(rank: int, rope: int, block_size: int) -> bool:
@@ -62,16 +60,16 @@ def decode_amx(rank: int, rope: int, row: QuantizedRow | None = None) -> TeamFun
     given = build.arguments
     words = (rank + rope) // 2
     memory = _Memory(
-        queries=build.array(words * _HEADS),
+        queries=build.array(words * HEADS),
         tiles=build.array(CHUNK_TOKENS // AMX_ROWS * 2),
-        scores=build.array(CHUNK_TOKENS * _HEADS),
-        p=build.array(CHUNK_TOKENS // 2 * _HEADS),
+        scores=build.array(CHUNK_TOKENS * HEADS),
+        p=build.array(CHUNK_TOKENS // 2 * HEADS),
         values=build.array(2 * _SUMS * _TILE_BYTES // 4),
-        sums=build.array(_HEADS * rank),
+        sums=build.array(HEADS * rank),
         widened=None if row is None else build.array(CHUNK_TOKENS * words),
     )
     amx = Amx(build)
-    with pieces(build, rank) as piece:
+    with pieces_of_decodes(build, rank) as piece:
         _pack(build, piece.latent_queries, build.const(2 * rank), piece.heads, rank // 2, memory.queries)
         behind = build.at(memory.queries, (build.const(rank // 2), ROW_BYTES))
         _pack(build, piece.rope_queries, given["rope_head"], piece.heads, rope // 2, behind)
@@ -80,17 +78,12 @@ def decode_amx(rank: int, rope: int, row: QuantizedRow | None = None) -> TeamFun
     return TeamFunction(build.finish(), None if row is None else {row.widen_name: widen(row)})
 
 
-def _up(build: Builder, count: Value, size: int) -> Value:
-    """How many of `size` it takes."""
-    return build.ir.sdiv(build.ir.add(count, build.const(size - 1)), build.const(size))
-
-
 def _pack(build: Builder, source: Value, row: Value, count: Value, words: int, target: Value) -> None:
     """`count` heads' rows of words to words of sixteen heads; those that are not there are zeros."""
     last = build.ir.sub(count, build.const(1))
     with build.loop(build.const(words), step=AMX_WORDS) as word:
         rows = []
-        for head in range(_HEADS):
+        for head in range(HEADS):
             index = build.const(head)
             there = build.ir.icmp_signed("<", index, count)
             read = build.words_at(build.at(source, (build.smaller(index, last), row), (word, _WORD)))
@@ -104,15 +97,15 @@ def _attend(
 ) -> tuple[Value, Value]:
     """Sums over the piece's tokens; returns the largest score and what they are to be divided by, of each head."""
     given = build.arguments
-    largest = build.variable(build.numbers(_LEAST))
+    largest = build.variable(build.numbers(LEAST))
     total = build.variable(build.numbers(0.0))
-    with build.loop(build.const(_HEADS * rank), step=LANES) as i:
+    with build.loop(build.const(HEADS * rank), step=LANES) as i:
         build.store(build.at(memory.sums, (i, 4)), build.numbers(0.0), Kind.FLOAT32)
     # A chunk is whole blocks, so that its first one is the table's next.
     chunk = build.ir.mul(build.ir.sdiv(build.const(CHUNK_TOKENS), given["block_size"]), given["block_size"])
     with build.loop(piece.length, step=chunk) as start:
         tokens = build.smaller(build.ir.sub(piece.length, start), chunk)
-        spans = _up(build, tokens, _SPAN)
+        spans = up(build, tokens, build.const(_SPAN))
         blocks = build.at(piece.blocks, (build.ir.sdiv(start, given["block_size"]), 8))
         if row is not None:
             _widen(build, row, memory, blocks, tokens)
@@ -134,15 +127,12 @@ def _attend(
 def _widen(build: Builder, row: QuantizedRow, memory: _Memory, blocks: Value, tokens: Value) -> None:
     """The latents of the chunk, to bfloat16."""
     told = {**build.arguments, "tokens": tokens, "blocks": blocks, "out": memory.widened}
-    arguments = build.array(2 * len(WIDEN_ARGUMENTS))
-    for index, name in enumerate(WIDEN_ARGUMENTS):
-        build.put_int(build.at(arguments, (build.const(index), 8)), told[name])
-    build.run(row.widen_name, arguments)
+    build.run(row.widen_name, WIDEN_ARGUMENTS, told)
 
 
 def _find_tiles(build: Builder, memory: _Memory, blocks: Value, tokens: Value) -> None:
     """Where the latents of every sixteen tokens of the chunk lie."""
-    with build.loop(_up(build, tokens, AMX_ROWS)) as tile:
+    with build.loop(up(build, tokens, build.const(AMX_ROWS))) as tile:
         token = build.ir.mul(tile, build.const(AMX_ROWS))
         build.put_int(build.at(memory.tiles, (tile, 8)), _latent(build, memory, blocks, token))
 
@@ -161,7 +151,7 @@ def _latent(build: Builder, memory: _Memory, blocks: Value, token: Value) -> Val
 def _scores(build: Builder, amx: Amx, memory: _Memory, words: int, tokens: Value) -> None:
     """Four times sixteen tokens at once; past the last of them the last are taken again, and nobody reads those."""
     row = build.ir.mul(build.arguments["words"], build.const(_WORD))
-    tiles = _up(build, tokens, AMX_ROWS)
+    tiles = up(build, tokens, build.const(AMX_ROWS))
     last = build.ir.sub(tiles, build.const(1))
     with build.loop(tiles, step=_SUMS) as first:
         starts = []
@@ -184,7 +174,7 @@ def _largest(build: Builder, memory: _Memory, tokens: Value, spans: Value, befor
     """Scores past the end become the least, up to whole spans."""
     end = build.ir.mul(spans, build.const(_SPAN))
     with build.loop(end, start=tokens) as token:
-        build.store(build.at(memory.scores, (token, ROW_BYTES)), build.numbers(_LEAST), Kind.FLOAT32)
+        build.store(build.at(memory.scores, (token, ROW_BYTES)), build.numbers(LEAST), Kind.FLOAT32)
     peak = build.variable(before)
     with build.loop(end, step=_AT_ONCE) as token:
         scores = [
@@ -218,7 +208,7 @@ def _powers(build: Builder, memory: _Memory, spans: Value, peak: Value, scale: V
 
 
 def _shrink(build: Builder, memory: _Memory, rank: int, factors: Value) -> None:
-    for head in range(_HEADS):
+    for head in range(HEADS):
         factor = build.spread(build.lane(factors, head))
         sums = build.at(memory.sums, (build.const(head), 4 * rank))
         with build.loop(build.const(rank), step=LANES) as i:

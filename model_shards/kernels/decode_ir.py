@@ -18,13 +18,13 @@ is a tenth (int8) or a seventh (fp8) more than what attention to bfloat16 takes 
 
 import struct
 
-from model_shards.kernels.builder import EXP_COEFFICIENTS
+from model_shards.kernels.builder import EXP_COEFFICIENTS, LEAST
+from model_shards.kernels.decode_parts import HEADS
 from model_shards.kernels.instructions import Arithmetic, Instructions
 from model_shards.kernels.product_ir import load_arguments, rows_ir
 from model_shards.kernels.quantized_latents import WIDEN_ARGUMENTS
 from model_shards.kernels.tile_ir import splat
 
-HEADS = 16
 # Queries are the matrix: one register of sixteen heads, and rows are tokens.
 INSTRUCTIONS = Instructions(Arithmetic.DOT, lanes=HEADS, vectors=1, rows=8)
 # Of 1152 bytes each: 295 KB, which stay in the second-level cache.
@@ -387,7 +387,7 @@ define internal void @widen(i64 %cache, i64 %block_size, ptr %blocks, i64 %token
 
 def _sequence(widens: bool) -> str:
     """Chunk after chunk."""
-    least = _hex_float(-3.0e38)
+    least = _hex_float(LEAST)
     room, widening, read = "", "", ("i64 %cache", "i64 %block_size", "ptr %blocks_here")
     if widens:
         room = f"""

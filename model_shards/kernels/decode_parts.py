@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from model_shards.kernels.builder import LANES, Builder, Kind, Value
+from model_shards.kernels.builder import LANES, LEAST, Builder, Kind, Value
 
 HEADS = LANES
 
@@ -37,10 +37,9 @@ ARGUMENTS = (
     "slots",  # address of `num_slots` slots
     "num_slots",  # as many parts there are at most
 )
-# Fewer tokens are not worth a part: a part takes as long as 50 for its queries and for being brought together.
+# Fewer tokens are not worth a part: its queries, and bringing parts together, take as long as some 50.
 _LEAST_TOKENS = 64
 _RESULT_AT = 2 * HEADS * 4
-_LEAST = -3.0e38
 
 
 def slot_floats(rank: int) -> int:
@@ -63,11 +62,11 @@ class Piece:
 
 
 @contextmanager
-def pieces(build: Builder, rank: int) -> Iterator[Piece]:
+def pieces_of_decodes(build: Builder, rank: int) -> Iterator[Piece]:
     """The code inside the block attends to a piece of this thread's, and has `put_result` write what came of it. Behind
     it all threads bring parts together."""
     given = build.arguments
-    tiles = _up(build, given["heads"], build.const(HEADS))
+    tiles = up(build, given["heads"], build.const(HEADS))
     most = _most_parts(build, tiles)
     with build.pieces(build.ir.mul(build.ir.mul(build.int_at(given["sequences"]), tiles), most)) as index:
         of_heads, part = build.ir.sdiv(index, most), build.ir.srem(index, most)
@@ -76,7 +75,7 @@ def pieces(build: Builder, rank: int) -> Iterator[Piece]:
         parts = _parts_of(build, sequence, most)
         with build.ir.if_then(build.ir.icmp_signed("<", part, parts)):
             length = build.int_at(build.at(given["lengths"], (sequence, 8)))
-            blocks = _up(build, length, given["block_size"])
+            blocks = up(build, length, given["block_size"])
             first = build.ir.sdiv(build.ir.mul(blocks, part), parts)
             stop = build.ir.sdiv(build.ir.mul(blocks, build.ir.add(part, build.const(1))), parts)
             end = build.smaller(length, build.ir.mul(stop, given["block_size"]))
@@ -131,7 +130,7 @@ def _join(build: Builder, rank: int, tiles: Value, most: Value) -> None:
             tile = build.ir.add(build.ir.mul(sequence, tiles), build.ir.sdiv(head, build.const(HEADS)))
             lane = build.ir.srem(head, build.const(HEADS))
             slots = build.at(given["slots"], (build.ir.mul(tile, most), 4 * slot_floats(rank)))
-            peak = build.variable(build.numbers(_LEAST))
+            peak = build.variable(build.numbers(LEAST))
             with build.loop(parts) as part:
                 peak.set(
                     build.larger(peak.get(), build.spread(build.float_at(_of_head(build, slots, part, rank, lane))))
@@ -174,11 +173,10 @@ def _parts_of(build: Builder, sequence: Value, most: Value) -> Value:
     """Into how many it is."""
     given = build.arguments
     length = build.int_at(build.at(given["lengths"], (sequence, 8)))
-    worth = build.ir.sdiv(length, build.const(_LEAST_TOKENS))
-    parts = build.smaller(build.smaller(most, worth), _up(build, length, given["block_size"]))
-    return build.larger_int(parts, build.const(1))
+    blocks, least = (up(build, tokens, given["block_size"]) for tokens in (length, build.const(_LEAST_TOKENS)))
+    return build.larger_int(build.smaller(most, build.ir.sdiv(blocks, least)), build.const(1))
 
 
-def _up(build: Builder, count: Value, size: Value) -> Value:
+def up(build: Builder, count: Value, size: Value) -> Value:
     """How many of `size` it takes."""
     return build.ir.sdiv(build.ir.add(count, build.ir.sub(size, build.const(1))), size)

@@ -14,7 +14,7 @@ the second. Products are of bfloat16, probabilities included, and are summed in 
 import functools
 from dataclasses import dataclass
 
-from model_shards.kernels.builder import LANES, Builder, Kind, Value
+from model_shards.kernels.builder import LANES, LEAST, Builder, Kind, Value
 from model_shards.kernels.instructions import Instructions
 from model_shards.kernels.machine_code import TeamFunction
 
@@ -26,7 +26,6 @@ QUERIES = 96
 
 _WORD = 4
 _ROW = TILE * 4  # bytes of a tile's row: words or float32
-_LEAST = -3.0e38
 
 
 @dataclass(frozen=True)
@@ -205,7 +204,7 @@ def _begin(build: Builder, shape: HeadShape, head: Value, row: Value, count: Val
     with build.loop(build.ir.mul(count, build.const(shape.value)), step=LANES) as i:
         build.store(build.at(sums, (i, 4)), build.numbers(0.0), Kind.FLOAT32)
     with build.loop(count) as i:
-        build.put_float(build.at(totals, (i, 8)), build.number(_LEAST))
+        build.put_float(build.at(totals, (i, 8)), build.number(LEAST))
         build.put_float(build.at(totals, (i, 8), (build.const(1), 4)), build.number(0.0))
 
 

@@ -64,7 +64,7 @@ def test_a_request_streams_to_its_end_and_the_same_id_cannot_run_twice(directory
     asyncio.run(scenario())
 
 
-IN_8_BITS = ("q_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+IN_8_BITS = ("q_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def test_with_weights_of_attention_in_8_bits_tokens_are_those_of_the_rounded_weights(directory, model):
@@ -75,7 +75,7 @@ def test_with_weights_of_attention_in_8_bits_tokens_are_those_of_the_rounded_wei
             rows = quantize_rows(weight.data, Quantization.INT8)
             weight.data.copy_(rows.values * rows.scale_inv[:, None])
             changed += 1
-    assert changed == 3 + 3 + 3 + 3 + 1  # attention, and a dense MLP or shared experts, of two layers; and the logits'
+    assert changed == 3 + 3 + 3 + 3  # attention, and a dense MLP or shared experts, of two layers
 
     async def scenario() -> None:
         async with tiny_cell(directory, attention_weights="int8") as cell:

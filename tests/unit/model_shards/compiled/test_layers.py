@@ -152,12 +152,15 @@ def test_in_8_bits_are_all_products_but_those_that_the_latents_meet_and_the_gate
     assert all(name.endswith(kept) for name in left)
 
 
-def test_the_logits_matrix_is_in_8_bits_too() -> None:
-    model = attention_model_of(random_hf_model(make_hf_config(**WIDE), seed=3), torch.float32)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_logits_matrix_is_in_8_bits_where_such_are_multiplied(dtype: torch.dtype) -> None:
+    model = attention_model_of(random_hf_model(make_hf_config(**WIDE), seed=3).bfloat16(), dtype)
     assert model.lm_head is not None
+    weight = model.lm_head.weight.data.double()
     model.lay_out(in_int8=True)
-    # In float32 a matrix that is not quantized is multiplied as it lies.
-    assert not model.lm_head.weight.numel()
+    x = torch.randn(7, weight.shape[1], generator=torch.Generator().manual_seed(4)).bfloat16()
+    error = relative_error(model.lm_head.product(x.to(dtype)), x.double() @ weight.T)
+    assert 1e-3 < error < 3e-2 if dtype is torch.bfloat16 else error < 1e-6
 
 
 def test_a_matrix_that_is_not_finite_is_not_taken_for_8_bits() -> None:
@@ -193,7 +196,7 @@ def decode_chunk(index: int) -> Chunk:
 
 
 @pytest.mark.parametrize("quantization", [None, *Quantization])
-def test_a_decode_has_the_same_logits_bit_for_bit_whoever_shares_its_batch(
+def test_a_decode_of_a_short_context_has_the_same_logits_bit_for_bit_whoever_shares_its_batch(
     whole: Pair, quantization: Quantization | None
 ) -> None:
     cache = prefilled(whole, 5, quantization)
@@ -210,6 +213,28 @@ def test_a_decode_has_the_same_logits_bit_for_bit_whoever_shares_its_batch(
     assert torch.equal(logits[:3], alone[:3])
     expected = torch.stack([hf_logits(whole.reference, PROMPTS[i])[-1] for i in (3, 4)])
     assert relative_error(logits[3:], expected) < (whole.error if quantization is None else 0.1)
+
+
+def test_a_team_takes_parts_of_a_long_context_in_each_layer() -> None:
+    pair = Pair(**BRANCHES["the whole of V2"])
+    layers = pair.compiled._compiled
+    assert layers is not None
+    tokens = random_tokens(131, 220, seed=8)
+    cache = new_cache(pair.compiled, 55)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        alone = in_parts(pair.compiled, pair.routed, tokens, [219, 1], cache)[-1]
+        layers._uses_team = True
+        (lane,) = layers._free
+        lane._slots.fill_(float("nan"))
+        batch = single_sequence_batch(tokens[219:], cache.block_size, 219, decode=True)
+        shared = [run_steps(pair.compiled, batch, cache, pair.routed)[-1] for _ in range(2)]
+    finally:
+        torch.set_num_threads(before)
+    assert int((~lane._slots[:, 0].isnan()).sum()) == 3
+    assert torch.equal(*shared)
+    assert relative_error(shared[0], alone) < 0.02
 
 
 def batches() -> list[AttentionBatch]:
