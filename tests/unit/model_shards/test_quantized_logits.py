@@ -15,6 +15,7 @@ DIRECTORY = default_model_directory()
 TEXTS = passages(DIRECTORY, 8)
 LOGIT_ERROR = {Quantization.INT8: 0.06, Quantization.FP8: 0.18}
 CACHE_LOGIT_ERROR = {Quantization.INT8: 0.06, Quantization.FP8: 0.18}
+ATTENTION_LOGIT_ERROR = 0.18  # in bfloat16, activations and logits in 8 bits, too
 PERPLEXITY_CHANGE = {Quantization.INT8: 0.02, Quantization.FP8: 0.05}
 
 
@@ -47,3 +48,9 @@ def test_a_quantized_cache_stays_near_a_plain_one(reference: list[torch.Tensor],
     measured = quality(reference, answer_logits(DIRECTORY, TEXTS, quantization), TEXTS)
     assert 0 < measured.logit_error < CACHE_LOGIT_ERROR[quantization]
     assert abs(measured.perplexity / measured.reference_perplexity - 1) < PERPLEXITY_CHANGE[quantization]
+
+
+def test_attention_in_8_bits_stays_near_the_source(reference: list[torch.Tensor]) -> None:
+    measured = quality(reference, answer_logits(DIRECTORY, TEXTS, dtype=torch.bfloat16, attention_in_int8=True), TEXTS)
+    assert 0 < measured.logit_error < ATTENTION_LOGIT_ERROR
+    assert abs(measured.perplexity / measured.reference_perplexity - 1) < PERPLEXITY_CHANGE[Quantization.INT8]
