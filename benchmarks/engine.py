@@ -26,14 +26,19 @@ _BLOCK_SIZE = 16
 _TIMEOUT_S = 600.0
 
 
-def run_workload(cell: Cell, num_attention: int, workload: Workload, vocab_size: int, name: str) -> Timing:
+def submit_workload(cell: Cell, num_attention: int, workload: Workload, vocab_size: int, name: str) -> None:
     """All prompts at once, dealt round robin to the replicas."""
-    begun = time.perf_counter()
     for index, prompt in enumerate(workload.prompts(vocab_size)):
         request = GenerationRequest(
             f"{name}-{index}", prompt, workload.output_tokens, SamplingParams(0.0), ignore_eos=True
         )
         cell.submit(index % num_attention, request)
+
+
+def run_workload(cell: Cell, num_attention: int, workload: Workload, vocab_size: int, name: str) -> Timing:
+    """From the first prompt in to the last token out."""
+    begun = time.perf_counter()
+    submit_workload(cell, num_attention, workload, vocab_size, name)
     started: set[str] = set()
     prefilled, left = begun, workload.num_sequences
     for output in cell.outputs(_TIMEOUT_S):

@@ -10,19 +10,18 @@ micro-batch the exchange, which is the waiting that experts do not explain; of m
 """
 
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import click
 
-from benchmarks.engine import cell_spec
+from benchmarks.engine import cell_spec, submit_workload
 from benchmarks.workloads import Workload
 from cluster.cell import Cell
 from cluster.micro_batches import StepParts, best_case
-from cluster.request import GenerationRequest, StepTimes
+from cluster.request import StepTimes
 from cluster.topology import Topology
 from model_shards.config import load_model_config
-from model_shards.sampling import SamplingParams
 
 _TIMEOUT_S = 600.0
 _PHASES = ("prefill", "decode")
@@ -31,21 +30,18 @@ _PHASES = ("prefill", "decode")
 def phases(cell: Cell, num_attention: int, workload: Workload, vocab_size: int, name: str) -> dict[str, StepTimes]:
     """What the first replica's steps took, by phase."""
     begin = cell.load(0).times
-    for index, prompt in enumerate(workload.prompts(vocab_size)):
-        request = GenerationRequest(
-            f"{name}-{index}", prompt, workload.output_tokens, SamplingParams(0.0), ignore_eos=True
-        )
-        cell.submit(index % num_attention, request)
-    started: set[str] = set()
-    prefilled, left = begin, workload.num_sequences
+    submit_workload(cell, num_attention, workload, vocab_size, name)
+    outputs: Counter[str] = Counter()
+    prefilled, left = None, workload.num_sequences
     for output in cell.outputs(_TIMEOUT_S):
-        if output.request_id not in started:
-            started.add(output.request_id)
-            if len(started) == workload.num_sequences:
-                prefilled = cell.load(0).times
+        outputs[output.request_id] += 1
+        # What a step took is known when the next one begins: the last prefill's, at the latest, at everybody's second.
+        if prefilled is None and len(outputs) == workload.num_sequences and min(outputs.values()) > 1:
+            prefilled = cell.load(0).times
         left -= output.finish_reason is not None
         if not left:
             break
+    assert prefilled is not None, "every sequence has more than one token"
     return {"prefill": prefilled.since(begin), "decode": cell.load(0).times.since(prefilled)}
 
 

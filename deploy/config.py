@@ -75,7 +75,8 @@ class EngineSettings:
         None  # or this (GiB); null: 0.25 cpu, 8 cuda
     )
     kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto"  # auto: cell.dtype; else kv_c in 1 byte an element
-    # auto: cell.dtype; int8: the matrices of attention, dense layers, shared experts and logits in 1 byte an element
+    # auto: cell.dtype; int8: matrices of attention, dense layers and shared experts in 1 byte an element, and that of
+    # the logits in bfloat16 on a CPU with 8-bit dot products
     attention_weights: Literal["auto", "int8"] = "auto"
     prefix_cache: Annotated[bool, Field(strict=True)] = True  # a prompt's begin that was computed before is not again
 
