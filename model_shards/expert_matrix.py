@@ -4,7 +4,7 @@ Shapes: E experts, O output and I input features, P rows that lie expert after e
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -48,9 +48,9 @@ class ExpertMatrix(GroupedMatrix, nn.Module):
         """See `GroupedMatrix`."""
         return each_its_rows(x, counts, lambda expert, rows: F.linear(rows, self.weight[expert]))
 
-    def slices(self, expert: int, rows: slice) -> Iterator[tuple[str, torch.Tensor]]:
-        """(what follows the published name, writable view) for these rows of one expert's matrix."""
-        yield "", self.weight.data[expert, rows]
+    def stored(self) -> tuple[tuple[str, torch.Tensor], ...]:
+        """(what follows the published name, writable tensor [E, O, ...]) for each part of the matrices."""
+        return (("", self.weight.data),)
 
     def lay_out(self) -> GroupedMatrix:
         """The same matrices as this machine multiplies them fastest, once, after they were filled.
@@ -105,10 +105,9 @@ class QuantizedExpertMatrix(ExpertMatrix):
         """See `GroupedMatrix`."""
         return each_its_rows(x.to(self._dtype), counts, self._widened)
 
-    def slices(self, expert: int, rows: slice) -> Iterator[tuple[str, torch.Tensor]]:
+    def stored(self) -> tuple[tuple[str, torch.Tensor], ...]:
         """See `ExpertMatrix`; the scales follow the weight."""
-        yield from super().slices(expert, rows)
-        yield SCALE_SUFFIX, self.scale_inv.data[expert, rows]
+        return (*super().stored(), (SCALE_SUFFIX, self.scale_inv.data))
 
     def _laid_out(self) -> GroupedMatrix:
         # Under float32 nothing is to be rounded that was not, so it stays as it lies.

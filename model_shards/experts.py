@@ -150,19 +150,31 @@ class ExpertShardModel(nn.Module):
     def hf_slices(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face tensor name, writable view) for every tensor of this shard; scales have their weight's name
         and `_scale_inv`."""
+        for name, stored, local, rows in self._hf_places():
+            yield name, stored[local, rows]
+
+    def hf_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(Hugging Face tensor name, its shape) for every tensor of this shard, in the order of `hf_slices`."""
+        for name, stored, _, rows in self._hf_places():
+            yield name, (rows.stop - rows.start, *stored.shape[2:])
+
+    def _hf_places(self) -> Iterator[tuple[str, torch.Tensor, int, slice]]:
+        """(name, tensor [E, O, ...] of a layer, the expert's index in it, its rows there)."""
         width = self.moe_intermediate_size
         for layer in self.moe_layers:
             weights = self._layer(layer)
-            for local, expert in enumerate(self.experts):
-                prefix = f"model.layers.{layer}.mlp.experts.{expert}"
-                parts = (
+            parts = [
+                (f"{name}.weight{suffix}", stored, rows)
+                for name, matrix, rows in (
                     ("gate_proj", weights.gate_up_proj, slice(0, width)),
                     ("up_proj", weights.gate_up_proj, slice(width, 2 * width)),
-                    ("down_proj", weights.down_proj, slice(None)),
+                    ("down_proj", weights.down_proj, slice(0, self._hidden_size)),
                 )
-                for name, matrix, rows in parts:
-                    for suffix, view in matrix.slices(local, rows):
-                        yield f"{prefix}.{name}.weight{suffix}", view
+                for suffix, stored in matrix.stored()
+            ]
+            for local, expert in enumerate(self.experts):
+                for name, stored, rows in parts:
+                    yield f"model.layers.{layer}.mlp.experts.{expert}.{name}", stored, local, rows
 
     def _layer(self, layer: int) -> ExpertLayer:
         module = self.layers[self._index_of_layer[layer]]

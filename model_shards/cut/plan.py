@@ -108,7 +108,7 @@ def plan_files(
         room -= size
     files = [PlannedFile(f"attention-{index:05d}.safetensors", tuple(parts)) for index, parts in enumerate(groups)]
     for expert in range(config.n_routed_experts or 0):
-        names = [name for name, _ in ExpertShardModel(config, (expert,), torch.float32, meta).hf_slices()]
+        names = [name for name, _ in ExpertShardModel(config, (expert,), torch.float32, meta).hf_shapes()]
         parts = tuple(Part(tensors[name], quantization) for name in names)
         files.append(PlannedFile(f"expert-{expert:05d}.safetensors", parts))
     return tuple(files)

@@ -95,7 +95,7 @@ def expected_shapes(config: ModelConfig, quantization: Quantization | None = Non
     shapes = {name: tuple(view.shape) for name, view in AttentionModel(config, torch.float32, meta).hf_slices()}
     experts = tuple(range(config.n_routed_experts or 0))
     shard = ExpertShardModel(config, experts, torch.float32, meta, quantization)
-    shapes.update((name, tuple(view.shape)) for name, view in shard.hf_slices())
+    shapes.update(shard.hf_shapes())
     return shapes
 
 

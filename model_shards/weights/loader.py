@@ -22,9 +22,10 @@ from model_shards.weights.background import BackgroundReads
 from model_shards.weights.check import Checkpoint
 from model_shards.weights.header import StoredTensor
 from model_shards.weights.memory import attention_slice_bytes, available_bytes, check_memory, expert_slice_bytes
-from model_shards.weights.reading import ReadAhead, check_tensor, read_unchecked
+from model_shards.weights.reading import ReadAhead, read_run
+from model_shards.weights.runs import Run, runs_of
 
-# Called with (bytes read, bytes to read): once before the first tensor and once after each.
+# Called with (bytes read, bytes to read): before the first tensor, and each time that some were read.
 Progress = Callable[[int, int], None]
 _META = torch.device("meta")
 
@@ -68,7 +69,7 @@ def load_expert_shard(
     """
     checkpoint = Checkpoint.open(directory)
     quantization = checkpoint.quantization
-    names = {name for name, _ in ExpertShardModel(config, experts, dtype, _META, quantization).hf_slices()}
+    names = {name for name, _ in ExpertShardModel(config, experts, dtype, _META, quantization).hf_shapes()}
     tensors = checkpoint.tensors(config, names)
     what = f"a slice of {len(experts)} of {config.n_routed_experts} experts"
     _check_room(expert_slice_bytes(config, len(experts), dtype, quantization), device, what)
@@ -87,31 +88,48 @@ def _fill(
     slices: Iterable[tuple[str, torch.Tensor]], tensors: dict[str, StoredTensor], progress: Progress | None
 ) -> None:
     """Fills each view with the tensor of its name, converting the dtype."""
-    jobs = [(tensors[name], view) for name, view in slices]
-    jobs.sort(key=lambda job: (job[0].file, job[0].start))
-    total = sum(tensor.num_bytes for tensor, _ in jobs)
-    buffer = bytearray(max((tensor.num_bytes for tensor, view in jobs if not _as_stored(tensor, view)), default=0))
+    runs = runs_of(((tensors[name], view) for name, view in slices), _as_stored)
+    total = sum(run.num_bytes for run in runs)
+    buffer = bytearray(max((run.num_bytes for run in runs if not run.as_stored), default=0))
+    memory = _Memory()
     done = 0
     if progress is not None:
         progress(done, total)
-    with ReadAhead([tensor for tensor, _ in jobs]) as ahead:
+    with ReadAhead(runs) as ahead:
 
-        def on_read(tensor: StoredTensor) -> None:
+        def on_read(run: Run) -> None:
             nonlocal done
-            ahead.end(tensor)
-            done += tensor.num_bytes
+            ahead.end(run)
+            done += run.num_bytes
             if progress is not None:
                 progress(done, total)
 
         with BackgroundReads(on_read) as reads:
-            for tensor, view in jobs:
-                stream = ahead.begin(tensor)
-                if _as_stored(tensor, view):
-                    reads.add(stream, tensor, _bytes_of(view))
+            for run in runs:
+                stream = ahead.begin(run)
+                if run.as_stored:
+                    reads.add(stream, run, [memory.bytes_of(view) for view in run.views])
                 else:
                     reads.finish()  # there is one buffer, and an order that is told
-                    _convert(stream, tensor, view, memoryview(buffer)[: tensor.num_bytes])
-                    on_read(tensor)
+                    _convert(stream, run, memoryview(buffer)[: run.num_bytes])
+                    on_read(run)
+
+
+class _Memory:
+    """Views of tensors' own memory as bytes, at a tenth of what torch and numpy take to make one of each tensor."""
+
+    def __init__(self) -> None:
+        self._storages: dict[int, memoryview] = {}  # by address; each holds its storage
+
+    def bytes_of(self, view: torch.Tensor) -> memoryview:
+        """Those of a contiguous tensor on the CPU."""
+        storage = view.untyped_storage()
+        whole = self._storages.get(storage.data_ptr())
+        if whole is None:
+            whole = torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data
+            self._storages[storage.data_ptr()] = whole
+        start = view.storage_offset() * view.itemsize
+        return whole[start : start + view.nbytes]
 
 
 def _as_stored(tensor: StoredTensor, view: torch.Tensor) -> bool:
@@ -119,13 +137,8 @@ def _as_stored(tensor: StoredTensor, view: torch.Tensor) -> bool:
     return view.device.type == "cpu" and view.dtype == tensor.dtype and view.is_contiguous()
 
 
-def _bytes_of(view: torch.Tensor) -> memoryview:
-    """The view's own memory."""
-    return view.detach().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _convert(stream: FileIO, tensor: StoredTensor, view: torch.Tensor, buffer: memoryview) -> None:
-    read_unchecked(stream, tensor, buffer)
-    check_tensor(tensor, buffer)
+def _convert(stream: FileIO, run: Run, buffer: memoryview) -> None:
+    (tensor,), (view,) = run.tensors, run.views
+    read_run(stream, run.tensors, [buffer])
     stored = torch.frombuffer(buffer, dtype=tensor.dtype, count=tensor.num_bytes // tensor.dtype.itemsize)
     view.copy_(stored.view(tensor.shape))

@@ -14,6 +14,7 @@ from blake3 import blake3
 
 from model_shards.errors import CheckpointError
 from model_shards.weights.header import StoredTensor
+from model_shards.weights.runs import Run
 
 # What a disk is asked for ahead of what is read.
 AHEAD_BYTES = 2**25
@@ -33,17 +34,17 @@ def open_weights(file: Path) -> FileIO:
 
 
 class ReadAhead:
-    """Asks the system for the tensors that are read next, in order, while one is copied out of its cache.
+    """Asks the system for the runs that are read next, in order, while one is copied out of its cache.
 
     By itself it reads ahead within one run of bytes, and little: a slice is many runs of many files, and each would be
     waited for. Leaving it closes the files.
     """
 
-    def __init__(self, tensors: Sequence[StoredTensor]) -> None:
+    def __init__(self, runs: Sequence[Run]) -> None:
         """All that will be read, in that order, file after file."""
-        self._ahead = deque(tensors)
+        self._ahead = deque(runs)
         self._asked = 0  # bytes that were asked for and whose reading has not begun
-        self._streams: dict[Path, FileIO] = {}  # in the order of their first tensors
+        self._streams: dict[Path, FileIO] = {}  # in the order of their first runs
 
     def __enter__(self) -> Self:
         return self
@@ -54,28 +55,28 @@ class ReadAhead:
         for stream in self._streams.values():
             stream.close()
 
-    def begin(self, tensor: StoredTensor) -> FileIO:
-        """The file of this tensor, which is read next. Raises CheckpointError for one that cannot be opened, which may
-        be that of a tensor further on."""
+    def begin(self, run: Run) -> FileIO:
+        """The file of this run, which is read next. Raises CheckpointError for one that cannot be opened, which may be
+        that of a run further on."""
         while self._ahead and self._asked < AHEAD_BYTES:
             following = self._ahead.popleft()
             self._asked += following.num_bytes
             if following.file not in self._streams:
                 self._streams[following.file] = open_weights(following.file)
             _ask_for(self._streams[following.file], following)
-        self._asked -= tensor.num_bytes
-        return self._streams[tensor.file]
+        self._asked -= run.num_bytes
+        return self._streams[run.file]
 
-    def end(self, tensor: StoredTensor) -> None:
+    def end(self, run: Run) -> None:
         """This one and all before it have been read: files before its own are closed."""
-        while (done := next(iter(self._streams))) != tensor.file:
+        while (done := next(iter(self._streams))) != run.file:
             self._streams.pop(done).close()
 
 
-def _ask_for(stream: FileIO, tensor: StoredTensor) -> None:
+def _ask_for(stream: FileIO, run: Run) -> None:
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError):  # whether it can be read shows when it is
-            os.posix_fadvise(stream.fileno(), tensor.start, tensor.num_bytes, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(stream.fileno(), run.start, run.num_bytes, os.POSIX_FADV_WILLNEED)
 
 
 class TensorReader:
@@ -93,7 +94,7 @@ class TensorReader:
         Raises CheckpointError naming file and tensor: for a read that fails or ends early, and for bytes that are not
         those that were written, with both sums.
         """
-        _fill(target, self._stream, self._position, self._tensor)
+        _fill([target], self._stream, self._position, [self._tensor])
         self._position += len(target)
         if self._digest is not None:
             self._digest.update(target)
@@ -101,33 +102,37 @@ class TensorReader:
                 _compare(self._tensor, self._digest.hexdigest())
 
 
-def read_unchecked(stream: FileIO, tensor: StoredTensor, target: memoryview) -> None:
-    """Fills `target` with all bytes of the tensor; `check_tensor` is the caller's to call. Any thread may.
+def read_run(stream: FileIO, tensors: Sequence[StoredTensor], targets: Sequence[memoryview]) -> None:
+    """Fills the targets with all bytes of these tensors, which lie one behind the other, and checks them against their
+    sums, where a manifest has some. Any thread may.
 
-    Raises CheckpointError naming file and tensor, for a read that fails or ends early.
+    Raises CheckpointError naming file and tensor, for a read that fails or ends early, and for bytes that are not those
+    that were written, with both sums.
     """
-    _fill(target, stream, tensor.start, tensor)
+    _fill(targets, stream, tensors[0].start, tensors)
+    for tensor, target in zip(tensors, targets, strict=True):
+        if tensor.blake3 is not None:
+            _compare(tensor, blake3(target).hexdigest())
 
 
-def check_tensor(tensor: StoredTensor, data: memoryview) -> None:
-    """All bytes of a tensor against its sum, where a manifest has one.
-
-    Raises CheckpointError naming file and tensor, with both sums.
-    """
-    if tensor.blake3 is not None:
-        _compare(tensor, blake3(data).hexdigest())
-
-
-def _fill(target: memoryview, stream: FileIO, position: int, tensor: StoredTensor) -> None:
-    rest = target
+def _fill(targets: Sequence[memoryview], stream: FileIO, position: int, tensors: Sequence[StoredTensor]) -> None:
+    """Bytes from `position` on; each target is of the tensor of its place."""
+    left = deque((target, tensor) for target, tensor in zip(targets, tensors, strict=True) if target)
     try:
-        while rest:  # the system may give less than was asked in one read
+        while left:
             # By position: other threads read from the same file.
-            count = os.preadv(stream.fileno(), [rest], position + len(target) - len(rest))
+            count = os.preadv(stream.fileno(), [target for target, _ in left], position)
+            target, tensor = left[0]
             if not count:
                 raise CheckpointError(f"{tensor.file} became shorter while tensor {tensor.name} was read from it")
-            rest = rest[count:]
+            position += count
+            while left and count >= len(left[0][0]):
+                count -= len(left.popleft()[0])
+            if count:  # the system may give less than was asked in one read
+                target, tensor = left.popleft()
+                left.appendleft((target[count:], tensor))
     except OSError as error:
+        tensor = left[0][1]
         raise CheckpointError(f"{tensor.file} cannot be read at tensor {tensor.name}: {error.strerror}") from error
 
 

@@ -65,9 +65,9 @@ def filled(quantization: Quantization, dtype: torch.dtype, outer: int, inner: in
     matrices = make_expert_matrix(num_experts, inner, outer, dtype, CPU, quantization)
     for expert in range(num_experts):
         quantized = quantize_rows(matrix(outer, inner, expert), quantization)
-        views = dict(matrices.slices(expert, slice(None)))
-        views[""].copy_(quantized.values)
-        views["_scale_inv"].copy_(quantized.scale_inv)
+        stored = dict(matrices.stored())
+        stored[""][expert].copy_(quantized.values)
+        stored["_scale_inv"][expert].copy_(quantized.scale_inv)
     return matrices
 
 

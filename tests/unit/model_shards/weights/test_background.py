@@ -1,5 +1,6 @@
 """Reads by threads of their own: all are made, told in order, the first damaged tensor is told, no thread is left."""
 
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from blake3 import blake3
 from model_shards.errors import CheckpointError
 from model_shards.weights.background import BackgroundReads
 from model_shards.weights.header import StoredTensor
+from model_shards.weights.runs import runs_of
 
 SIZES = pytest.mark.parametrize("size", [4, 2**19 + 3, 2**21], ids=["small", "middling", "large"])
 COUNT = 20
@@ -29,15 +31,19 @@ def stored_in(file: Path, size: int, damaged: int | None = None, summed: bool = 
 
 def read_all(tensors: Sequence[StoredTensor], interruption: BaseException | None = None) -> list[bytearray]:
     """What was read; leaves by `interruption`, if there is one, once all are added."""
-    targets = [bytearray(tensor.num_bytes) for tensor in tensors]
+    targets = {tensor.name: bytearray(tensor.num_bytes) for tensor in tensors}
     told: list[StoredTensor] = []
-    with tensors[0].file.open("rb", buffering=0) as stream, BackgroundReads(told.append) as reads:
-        for tensor, target in zip(tensors, targets, strict=True):
-            reads.add(stream, tensor, memoryview(target))
+    runs = runs_of([(tensor, torch.empty(0)) for tensor in tensors], lambda tensor, view: True)
+    with (
+        tensors[0].file.open("rb", buffering=0) as stream,
+        BackgroundReads(lambda run: told.extend(run.tensors)) as reads,
+    ):
+        for run in runs:
+            reads.add(stream, run, [memoryview(targets[tensor.name]) for tensor in run.tensors])
         if interruption is not None:
             raise interruption
     assert told == list(tensors)
-    return targets
+    return list(targets.values())
 
 
 def reading_threads() -> list[str]:
@@ -75,3 +81,18 @@ def test_an_error_of_the_caller_is_not_hidden_by_one_of_a_read(tmp_path: Path, s
     with pytest.raises(KeyboardInterrupt):
         read_all(stored_in(tmp_path / "f.safetensors", size, COUNT - 1), KeyboardInterrupt())
     assert reading_threads() == []
+
+
+@pytest.mark.parametrize("most", [1, 7, 4096])
+def test_a_system_that_gives_less_than_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    whole = os.preadv
+
+    def less(descriptor: int, buffers: Sequence[memoryview], position: int) -> int:
+        taken: list[memoryview] = []
+        for buffer in buffers:
+            taken.append(buffer[: most - sum(map(len, taken))])
+        return whole(descriptor, taken, position)
+
+    monkeypatch.setattr(os, "preadv", less)
+    targets = read_all(stored_in(tmp_path / "f.safetensors", 100))
+    assert [bytes(target) for target in targets] == [bytes([number]) * 100 for number in range(COUNT)]
