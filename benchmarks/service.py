@@ -158,15 +158,17 @@ async def measure(
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--workload", "text", default="32,128,64", show_default=True, help="SEQUENCES,PROMPT,OUTPUT")
 @click.option("--rounds", default=5, show_default=True)
+@click.option("--proxy", default="auto", show_default=True, help="What stands before the gateway: haproxy or python.")
 @click.option("--first-rounds", default=30, show_default=True, help="Requests whose first token is timed.")
 def main(
-    model: Path | None, attention: int, experts: int, dtype: str, text: str, rounds: int, first_rounds: int
+    model: Path | None, attention: int, experts: int, dtype: str, text: str, rounds: int, proxy: str, first_rounds: int
 ) -> None:
     """Measures the service; see the top of the file."""
     workload = Workload.parse(text)
     directory = (model or default_model_directory()).absolute()
     spec = cell_spec(directory, Topology(attention, experts), dtype, "shm", "1", (workload, _FIRST))
-    with running_service(*settings_of(spec)) as service, Cell(spec) as cell:
+    arguments = [*settings_of(spec), "--set", f"server.proxy={proxy}"]
+    with running_service(*arguments) as service, Cell(spec) as cell:
         asyncio.run(measure(spec, workload, rounds, first_rounds, service.grpc, service.process.pid, cell))
 
 

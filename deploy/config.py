@@ -89,6 +89,9 @@ class ServerSettings:
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     grpc_port: Port = 9000  # 0 picks a free port
     http_port: Port = 8000
+    # Before the gateway: HAProxy, or Serve's proxy in Python. auto: HAProxy where `shoal serve` starts Ray itself, on
+    # platforms that ray[serve] has one for.
+    proxy: Literal["auto", "haproxy", "python"] = "auto"
     max_concurrent_requests: Positive = 256  # per gateway replica; more are refused with RESOURCE_EXHAUSTED
     drain_timeout_s: Seconds = 30.0
     request_timeout_s: Seconds = 3600.0  # the longest a request may take; a client's own deadline may be shorter
@@ -259,6 +262,11 @@ def _resolve(settings: ShoalSettings, origin: _Origin) -> ShoalSettings:
         raise ConfigError(
             f"{origin.of('server.grpc_port')}: server.grpc_port and server.http_port must differ, "
             f"both are {server.grpc_port}"
+        )
+    if server.proxy == "haproxy" and settings.ray.address is not None:
+        raise ConfigError(
+            f"{origin.of('server.proxy')}: server.proxy must be auto or python with ray.address, got haproxy: what "
+            "stands before the gateway there, the environment of that cluster says (RAY_SERVE_ENABLE_HA_PROXY)"
         )
     if engine.kv_cache_tokens is None and engine.kv_cache_memory_gb is None:
         engine = dataclasses.replace(engine, kv_cache_memory_gb=_DEFAULT_CACHE_GB[cell.device])

@@ -23,7 +23,7 @@ from model_shards.errors import CapacityError, ConfigError
 _GIB = 2**30
 # Free ports are drawn from here: below Linux's ephemeral ports, which any connection of the starting processes may
 # take between this check and the bind, and above the ports that Ray gives to its workers (10002 to 19999).
-_DRAWN_PORTS = range(20000, 32768)
+DRAWN_PORTS = range(20000, 32768)
 _DRAWS = 64
 _GPU_QUERY = "import torch\nfor i in range(torch.cuda.device_count()): print(torch.cuda.mem_get_info(i)[0])"
 _GPU_QUERY_S = 120.0
@@ -113,8 +113,14 @@ def choose_ports(server: ServerSettings, check_given: bool = True) -> ServerSett
     return replace(server, grpc_port=ports["grpc_port"], http_port=ports["http_port"])
 
 
+def free_ports(host: str, count: int) -> list[int]:
+    """Different ports that nobody uses now."""
+    with ExitStack() as held:
+        return [_free_port(host, held) for _ in range(count)]
+
+
 def _free_port(host: str, held: ExitStack) -> int:
-    for port in random.sample(_DRAWN_PORTS, _DRAWS):
+    for port in random.sample(DRAWN_PORTS, _DRAWS):
         try:
             _bind(host, port, held)
         except OSError:

@@ -17,6 +17,7 @@ from cluster.device import RANK_ENVIRONMENT
 from cluster.spec import CellSpec
 from deploy.app.bind import proxy_environment
 from deploy.config import ShoalSettings
+from deploy.launch.haproxy import haproxy_environment
 from deploy.launch.signals import StopSignals, kill_children
 from deploy.launch.worker_logs import worker_logs
 from model_shards.errors import ConfigError, UnavailableError
@@ -69,22 +70,23 @@ def ray_runtime(settings: ShoalSettings, spec: CellSpec, signals: StopSignals) -
     # What the operator set of the ranks' environment stays.
     ranks = {name: os.environ.get(name, value) for name, value in RANK_ENVIRONMENT.items()}
     environment = {**proxy_environment(settings.server.host), **SERVE_ENVIRONMENT, **ranks}
-    os.environ.update(environment | _QUIET)
     # What Ray's and Serve's own code says in this process; trouble comes as an exception.
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with signals.kept_from_children():
-            if address is None:
-                _start(spec)
-            else:
-                _connect(address, environment)
-        if address is not None:
-            _take(address, settings.ray.replace, spec)
-        with worker_logs():
-            yield RayRuntime(_own_daemons() if address is None else ())
-    finally:
-        _stop(own=address is None)
+    with haproxy_environment(settings) as haproxy:
+        os.environ.update({**environment, **haproxy, **_QUIET})
+        try:
+            with signals.kept_from_children():
+                if address is None:
+                    _start(spec)
+                else:
+                    _connect(address, environment)
+            if address is not None:
+                _take(address, settings.ray.replace, spec)
+            with worker_logs():
+                yield RayRuntime(_own_daemons() if address is None else ())
+        finally:
+            _stop(own=address is None)
 
 
 def _start(spec: CellSpec) -> None:

@@ -41,6 +41,7 @@ VALUES = {
     "server.host": st.sampled_from(["127.0.0.1", "0.0.0.0", "::1", "no"]),
     "server.grpc_port": st.integers(0, 30000),
     "server.http_port": st.just(0) | st.integers(30001, 65535),
+    "server.proxy": st.sampled_from(["auto", "python"]),
     "server.max_concurrent_requests": st.integers(1, 10**6),
     "server.drain_timeout_s": SECONDS,
     "server.request_timeout_s": SECONDS,
