@@ -14,7 +14,7 @@ from tests.helm.chart import CHART, template
 NOT_IN_CONFIG = {
     "model": {"path", "name"},
     "cell": {"attention_replicas", "expert_shards"},
-    "server": {"host", "grpc_port", "http_port"},
+    "server": {"host", "grpc_port", "http_port", "proxy"},
     "ray": {"address", "replace", "attention_resource", "expert_resource"},
 }
 BOUNDS = ("type", "enum", "const", "pattern", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
