@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Set
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -113,10 +114,15 @@ def choose_ports(server: ServerSettings, check_given: bool = True) -> ServerSett
     return replace(server, grpc_port=ports["grpc_port"], http_port=ports["http_port"])
 
 
-def free_ports(host: str, count: int) -> list[int]:
-    """Different ports that nobody uses now."""
+def free_ports(host: str, count: int, taken: Set[int] = frozenset()) -> list[int]:
+    """Different ports that nobody uses now, and that are not among those that are taken."""
+    ports: list[int] = []
     with ExitStack() as held:
-        return [_free_port(host, held) for _ in range(count)]
+        while len(ports) < count:
+            port = _free_port(host, held)
+            if port not in taken:
+                ports.append(port)
+    return ports
 
 
 def _free_port(host: str, held: ExitStack) -> int:

@@ -8,7 +8,7 @@ from deploy.cell_spec import build_cell_spec
 from deploy.config import ShoalSettings
 
 APP_NAME = "shoal"
-# What Serve's gRPC proxy serves; the functions are imported in the proxy's process.
+# What Serve's gRPC servers serve; the functions are imported in the proxy's process, behind HAProxy in the gateway's.
 SERVICER_FUNCTIONS = (
     "deploy.gateway.grpc_servicer.add_cancelling_servicer",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",

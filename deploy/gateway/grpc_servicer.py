@@ -23,7 +23,7 @@ _Behaviour: TypeAlias = Callable[[Any, Any], AsyncGenerator[bytes, None]]
 
 
 def add_cancelling_servicer(servicer: InferenceServicer, server: grpc.aio.Server) -> None:
-    """Use it for `grpc_servicer_functions`; it runs in the proxy's process."""
+    """Use it for `grpc_servicer_functions`; it runs in the proxy's process, behind HAProxy in the gateway's."""
     add_InferenceServicer_to_server(servicer, _Server(server))  # type: ignore[no-untyped-call]
 
 

@@ -33,8 +33,8 @@ _DAMAGED = f"{CheckpointError.__module__}.{CheckpointError.__name__}: "
 
 
 @contextmanager
-def running_application(settings: ShoalSettings, spec: CellSpec, ui: ServeUi) -> Iterator[None]:
-    """The application runs inside the block; its actors are gone after it.
+def running_application(settings: ShoalSettings, serve_host: str, spec: CellSpec, ui: ServeUi) -> Iterator[None]:
+    """The application runs inside the block, Serve's own servers on `serve_host`; its actors are gone after it.
 
     Raises UnavailableError, naming the missing ranks and the last error, when it does not run in time, and
     CheckpointError as soon as a rank finds its files damaged.
@@ -46,7 +46,7 @@ def running_application(settings: ShoalSettings, spec: CellSpec, ui: ServeUi) ->
         deadline = time.monotonic() + spec.load_timeout_s + spec.join_timeout_s + _SERVE_START_S
         serve.start(
             proxy_location=ProxyLocation.HeadOnly if settings.ray.address is None else ProxyLocation.EveryNode,
-            http_options=HTTPOptions(host=settings.server.host, port=settings.server.http_port),
+            http_options=HTTPOptions(host=serve_host, port=settings.server.http_port),
             grpc_options=gRPCOptions(port=settings.server.grpc_port, grpc_servicer_functions=list(SERVICER_FUNCTIONS)),
             logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
         )

@@ -8,30 +8,29 @@ services can stand side by side.
 import fcntl
 import os
 import random
+import resource
 import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.app.bind import GATEWAY_GRPC_PORTS
+from deploy.app.bind import GATEWAY_GRPC_PORTS, proxy_environment
 from deploy.config import ServerSettings, ShoalSettings
 from deploy.launch import haproxy_start
 from deploy.preflight import DRAWN_PORTS, free_ports
 from model_shards.errors import ConfigError
 
-# Not TMPDIR: the path of a socket has at most 107 bytes, and Serve adds 70.
+# Not TMPDIR: the path of a socket has at most 107 bytes, of which Serve and HAProxy take some 80.
 _PARENT = Path("/tmp")
-_PREFIX = "shoal-haproxy-"
+_PREFIX = "shoal-ha-"
 _START = "start"
-_LOCK = "lock"
-# Gateways of a service have ports in ranges of its own: two that start at once would try the same ones at once.
-_GATEWAY_PORTS = 64
-_GATEWAY_HTTP_PORTS = ("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT")
-# Of one connection to it; a client that has more queues the rest by itself.
-_STREAMS_PER_CONNECTION = 1000
+# Where everything but HAProxy listens, which reaches the others there.
+_LOOPBACK = "127.0.0.1"
+_ON = "RAY_SERVE_ENABLE_HA_PROXY"
 _PORTS = (
     "RAY_SERVE_HAPROXY_METRICS_PORT",
     "RAY_SERVE_HAPROXY_STATS_PORT",
@@ -39,6 +38,23 @@ _PORTS = (
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
     "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
 )
+# Gateways have ports in two ranges, drawn for each service: two that start at once would try the same ones at once.
+_GATEWAY_PORTS = 64
+_GATEWAY_HTTP_PORTS = ("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT")
+# Of one connection to it; a client that has more queues the rest by itself.
+_STREAMS_PER_CONNECTION = 1000
+# It takes two files for each connection, and does not start where it may not have them.
+_CONNECTIONS = 4096
+_LEAST_CONNECTIONS = 64
+_OTHER_FILES = 256
+
+
+@dataclass(frozen=True)
+class Front:
+    """What stands before the gateway."""
+
+    environment: Mapping[str, str]  # what Ray's processes need for it
+    serve_host: str  # where Serve's own servers listen
 
 
 def haproxy_binary() -> str | None:
@@ -52,27 +68,32 @@ def haproxy_binary() -> str | None:
 
 
 @contextmanager
-def haproxy_environment(settings: ShoalSettings) -> Iterator[Mapping[str, str]]:
-    """The variables that Ray's processes need, none for Serve's own proxy; what they name is there inside the block.
+def front(settings: ShoalSettings) -> Iterator[Front]:
+    """HAProxy or Serve's proxy in Python; what the variables name is there inside the block.
 
     Of an existing cluster its own environment says what stands there. Raises ConfigError where `server.proxy` asks for
     one that this machine cannot have.
     """
     server = settings.server
-    if server.proxy == "python" or settings.ray.address is not None:
-        yield {}
+    if settings.ray.address is not None:
+        yield Front(proxy_environment(server.host), server.host)
+        return
+    python = Front({_ON: "0", **proxy_environment(server.host)}, server.host)
+    if server.proxy == "python":
+        yield python
         return
     with ExitStack() as stack:
         try:
-            environment = _environment(server, _directory(stack))
+            directory = _directory(server.host, stack)
+            chosen = Front({**_environment(server, directory), **proxy_environment(_LOOPBACK)}, _LOOPBACK)
         except OSError as error:
             if server.proxy == "haproxy":
                 raise ConfigError(f"server.proxy must be auto or python here, got haproxy: {error}") from error
-            environment = {}
-        yield environment
+            chosen = python
+        yield chosen
 
 
-def _directory(stack: ExitStack) -> Path:
+def _directory(host: str, stack: ExitStack) -> Path:
     """One that nobody else may enter, gone when `stack` closes, with what Serve starts as HAProxy. Raises OSError."""
     binary = haproxy_binary()
     if binary is None or sys.platform != "linux":
@@ -80,50 +101,81 @@ def _directory(stack: ExitStack) -> Path:
     _remove_abandoned()
     directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_PARENT))
     stack.callback(shutil.rmtree, directory, ignore_errors=True)
-    lock = stack.enter_context((directory / "unlocked").open("wb"))
+    # As long as it is locked, whoever cleans up there leaves it alone.
+    lock = os.open(directory, os.O_RDONLY)
+    stack.callback(os.close, lock)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    (directory / "unlocked").rename(directory / _LOCK)
     start = directory / _START
-    start.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-IS", haproxy_start.__file__, binary])} "$@"\n')
+    python = shlex.join([sys.executable, "-IS", haproxy_start.__file__])
+    start.write_text(f'#!/bin/sh\nexec {python} $PPID {shlex.join([host, binary])} "$@"\n')
     start.chmod(0o700)
+    if not os.access(start, os.X_OK):
+        raise PermissionError(f"{_PARENT} is mounted so that nothing in it may be run")
     return directory
 
 
 def _remove_abandoned() -> None:
     """What services of this user left that were killed: their locks went with them."""
-    for directory in _PARENT.glob(f"{_PREFIX}*"):
+    for start in _PARENT.glob(f"{_PREFIX}*/{_START}"):  # which is not there before the lock is
+        directory = start.parent
         with suppress(OSError):  # it is in use, or has just gone
             if directory.lstat().st_uid == os.getuid() and not directory.is_symlink():
-                with (directory / _LOCK).open("rb") as lock:
+                lock = os.open(directory, os.O_RDONLY)
+                try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     shutil.rmtree(directory)
+                finally:
+                    os.close(lock)
 
 
 def _environment(server: ServerSettings, directory: Path) -> dict[str, str]:
+    """Raises OSError where HAProxy may not have the files that it needs."""
     # Streams that run when gateways come or go, and those that say nothing for long, end by our bound alone.
     beyond_s = str(int(server.request_timeout_s) + 60)
-    ports = free_ports(server.host, len(_PORTS))
-    first = random.randrange(DRAWN_PORTS.start, DRAWN_PORTS.stop - 2 * _GATEWAY_PORTS, 2 * _GATEWAY_PORTS)
-    gateways = dict(zip(_GATEWAY_HTTP_PORTS, (first, first + _GATEWAY_PORTS), strict=True))
-    gateways |= zip(GATEWAY_GRPC_PORTS, (first + _GATEWAY_PORTS, first + 2 * _GATEWAY_PORTS), strict=True)
     return {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        _ON: "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(directory / _START),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "metrics"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
         # A line a request goes nowhere: the gateway tells how each one ended.
-        "RAY_SERVE_HAPROXY_LOG_TARGET": str(directory / "no-log.sock"),
+        "RAY_SERVE_HAPROXY_LOG_TARGET": str(directory / "no-log"),
+        "RAY_SERVE_HAPROXY_MAXCONN": str(_connections(resource.getrlimit(resource.RLIMIT_NOFILE)[1])),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": str(_STREAMS_PER_CONNECTION),
         "RAY_SERVE_HAPROXY_H2_BE_MAX_CONCURRENT_STREAMS": str(_STREAMS_PER_CONNECTION),
         # Serve misses an HAProxy that ended at the third check, which are ten seconds apart by themselves.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": beyond_s,
+        # By itself longer than that, so that an old HAProxy sends nothing to another application: here is one.
+        "RAY_SERVE_PORT_QUARANTINE_S": "0",
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": beyond_s,
-        # The gateway is drained before Serve takes it down; a period of Serve's own would come on top.
+        # Requests are drained before the service stops; a period of Serve's own would come on top.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
-        **{name: str(port) for name, port in (gateways | dict(zip(_PORTS, ports, strict=True))).items()},
+        **{name: str(port) for name, port in _draw_ports({server.grpc_port, server.http_port}).items()},
     }
+
+
+def _connections(files: int) -> int:
+    """How many HAProxy may have at once where a process may open so many files. Raises OSError for too few."""
+    most = _CONNECTIONS if files == resource.RLIM_INFINITY else min(_CONNECTIONS, (files - _OTHER_FILES) // 2)
+    if most < _LEAST_CONNECTIONS:
+        raise OSError(
+            f"a process may open {files} files here, and HAProxy needs {2 * _LEAST_CONNECTIONS + _OTHER_FILES}"
+        )
+    return most
+
+
+def _draw_ports(taken: Set[int]) -> dict[str, int]:
+    """By variable; different from each other and from those that are taken."""
+    single = free_ports(_LOOPBACK, len(_PORTS), taken)
+    both = 2 * _GATEWAY_PORTS
+    firsts = range(DRAWN_PORTS.start, DRAWN_PORTS.stop - both, both)
+    first = random.choice([first for first in firsts if not {*range(first, first + both)} & {*taken, *single}])
+    middle = first + _GATEWAY_PORTS
+    ports = dict(zip(_PORTS, single, strict=True))
+    ports |= zip(_GATEWAY_HTTP_PORTS, (first, middle), strict=True)
+    ports |= zip(GATEWAY_GRPC_PORTS, (middle, first + both), strict=True)
+    return ports

@@ -15,9 +15,8 @@ from cluster.actors.client import COORDINATOR_NAME, NAMESPACE
 from cluster.actors.coordinator import remove_cell
 from cluster.device import RANK_ENVIRONMENT
 from cluster.spec import CellSpec
-from deploy.app.bind import proxy_environment
 from deploy.config import ShoalSettings
-from deploy.launch.haproxy import haproxy_environment
+from deploy.launch.haproxy import front
 from deploy.launch.signals import StopSignals, kill_children
 from deploy.launch.worker_logs import worker_logs
 from model_shards.errors import ConfigError, UnavailableError
@@ -45,8 +44,10 @@ _SERVE_CONTROLLER = ("SERVE_CONTROLLER_ACTOR", "serve")
 class RayRuntime:
     """The Ray that the service stands on."""
 
-    def __init__(self, daemons: tuple[psutil.Process, ...]) -> None:
+    def __init__(self, daemons: tuple[psutil.Process, ...], serve_host: str) -> None:
+        """`serve_host`: where Serve's own servers are to listen."""
         self._daemons = daemons
+        self.serve_host = serve_host
 
     def lost(self) -> str | None:
         """Which of our own daemons has ended, if any; on an existing cluster Ray itself ends this process then."""
@@ -69,12 +70,12 @@ def ray_runtime(settings: ShoalSettings, spec: CellSpec, signals: StopSignals) -
     address = settings.ray.address
     # What the operator set of the ranks' environment stays.
     ranks = {name: os.environ.get(name, value) for name, value in RANK_ENVIRONMENT.items()}
-    environment = {**proxy_environment(settings.server.host), **SERVE_ENVIRONMENT, **ranks}
     # What Ray's and Serve's own code says in this process; trouble comes as an exception.
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    with haproxy_environment(settings) as haproxy:
-        os.environ.update({**environment, **haproxy, **_QUIET})
+    with front(settings) as before_gateway:
+        environment = {**before_gateway.environment, **SERVE_ENVIRONMENT, **ranks}
+        os.environ.update(environment | _QUIET)
         try:
             with signals.kept_from_children():
                 if address is None:
@@ -84,7 +85,7 @@ def ray_runtime(settings: ShoalSettings, spec: CellSpec, signals: StopSignals) -
             if address is not None:
                 _take(address, settings.ray.replace, spec)
             with worker_logs():
-                yield RayRuntime(_own_daemons() if address is None else ())
+                yield RayRuntime(_own_daemons() if address is None else (), before_gateway.serve_host)
         finally:
             _stop(own=address is None)
 

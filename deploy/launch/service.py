@@ -35,7 +35,7 @@ def run_service(settings: ShoalSettings, ui: ServeUi, signals: StopSignals) -> N
             ui.stage("starting Ray")
             runtime = stack.enter_context(ray_runtime(settings, spec, signals))
             ui.stage("starting the cell")
-            stack.enter_context(running_application(settings, spec, ui))
+            stack.enter_context(running_application(settings, runtime.serve_host, spec, ui))
             ui.stage("passing a first token through every expert shard")
             warm_up(grpc_address, spec)
         ui.ready(grpc_address, http_address, settings.model.name)

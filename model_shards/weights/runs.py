@@ -10,7 +10,7 @@ from model_shards.weights.header import StoredTensor
 
 # Tensors are joined until they have as much: Python takes as long for one of a few bytes as a disk for 50 KB.
 RUN_BYTES = 2**20
-# The system takes no more places in one call.
+# The system takes 1,024 places in one call.
 _MOST_TENSORS = 512
 
 

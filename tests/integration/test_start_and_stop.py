@@ -136,6 +136,11 @@ def test_too_little_memory_is_refused_with_the_numbers():
 # --- started and stopped ------------------------------------------------------------------------------------------
 
 
+# The first of a pool, and the second: HAProxy on another address than the one where it reaches the gateway, and Serve's
+# proxy in Python.
+KINDS = (("--host", "127.0.0.2"), ("--set", "server.proxy=python"))
+
+
 class Pool:
     """Running services: a test takes one that an earlier one left running, and starts one only where there is none."""
 
@@ -146,10 +151,10 @@ class Pool:
     def take(self, count):
         """The first `count`; those that are missing start at the same time."""
         self._running = [service for service in self._running if service.process.poll() is None]
-        missing = count - len(self._running)
-        if missing > 0:
-            made = [running_service() for _ in range(missing)]
-            with ThreadPoolExecutor(missing) as threads:
+        missing = KINDS[len(self._running) : count]
+        if missing:
+            made = [running_service(*arguments) for arguments in missing]
+            with ThreadPoolExecutor(len(missing)) as threads:
                 self._running += threads.map(self._stack.enter_context, made)
         return self._running[:count]
 
@@ -177,6 +182,8 @@ def answering(service, count):
 def test_two_services_side_by_side_and_nothing_left_of_one_that_is_stopped(pool):
     first, second = pool.take(2)
     assert {first.grpc, first.http}.isdisjoint({second.grpc, second.http})
+    assert listening_on(first, "127.0.0.2") == ["haproxy", "haproxy"]
+    assert "haproxy" not in {process.name() for process in second.descendants()}
     assert complete(first.grpc) == complete(second.grpc)
     processes = second.descendants()
     with answering(second, 150):
@@ -185,6 +192,34 @@ def test_two_services_side_by_side_and_nothing_left_of_one_that_is_stopped(pool)
         assert second.process.wait(60.0) == 0
     assert wait_gone(processes) == []
     assert len(complete(first.grpc)) == 8
+
+
+def listening_on(service, address):
+    return [
+        process.name()
+        for process in service.descendants()
+        for connection in process.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.ip == address
+    ]
+
+
+def test_haproxy_or_its_starter_killed_is_unavailable_until_it_is_back_and_nothing_stays(pool):
+    [service] = pool.take(1)
+    expected = complete(service.grpc)
+    for name in ("haproxy", "ray::HAProxyManager"):
+        [haproxy] = [process for process in service.descendants() if process.name() == "haproxy"]
+        ranks_of(service, name)[0].kill() if name.startswith("ray::") else haproxy.kill()
+        assert wait_gone([haproxy]) == []  # with its starter, too
+        deadline = time.monotonic() + 30.0
+        while True:
+            try:
+                assert complete(service.grpc) == expected
+                break
+            except grpc.RpcError as error:
+                if error.code() != grpc.StatusCode.UNAVAILABLE or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.2)
+        assert listening_on(service, "127.0.0.2") == ["haproxy", "haproxy"]
 
 
 def test_killed_ranks_are_a_pause_not_a_loss(pool):

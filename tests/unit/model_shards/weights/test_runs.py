@@ -1,5 +1,6 @@
 """Tensors that lie one behind the other are read together, and no others."""
 
+import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -69,3 +70,4 @@ def test_no_run_has_more_tensors_than_the_system_takes() -> None:
     jobs = made([("a", 0, 1, True)] * 2000)
     found = runs_of([(tensor, view) for tensor, view, _ in jobs.values()], lambda tensor, view: True)
     assert [len(run.tensors) for run in found] == [512, 512, 512, 464]
+    assert len(found[0].tensors) <= os.sysconf("SC_IOV_MAX")
