@@ -6,6 +6,7 @@ services can stand side by side.
 """
 
 import fcntl
+import logging
 import os
 import random
 import resource
@@ -18,11 +19,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.logs import log_event
 from deploy.app.bind import GATEWAY_GRPC_PORTS, proxy_environment
 from deploy.config import ServerSettings, ShoalSettings
 from deploy.launch import haproxy_start
 from deploy.preflight import DRAWN_PORTS, free_ports
 from model_shards.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 # Not TMPDIR: the path of a socket has at most 107 bytes, of which Serve and HAProxy take some 80.
 _PARENT = Path("/tmp")
@@ -89,6 +93,7 @@ def front(settings: ShoalSettings) -> Iterator[Front]:
         except OSError as error:
             if server.proxy == "haproxy":
                 raise ConfigError(f"server.proxy must be auto or python here, got haproxy: {error}") from error
+            log_event(logger, "serving without HAProxy", reason=str(error))
             chosen = python
         yield chosen
 

@@ -4,7 +4,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import psutil
@@ -16,7 +16,6 @@ from cluster.actors.coordinator import remove_cell
 from cluster.device import RANK_ENVIRONMENT
 from cluster.spec import CellSpec
 from deploy.config import ShoalSettings
-from deploy.launch.haproxy import front
 from deploy.launch.signals import StopSignals, kill_children
 from deploy.launch.worker_logs import worker_logs
 from model_shards.errors import ConfigError, UnavailableError
@@ -44,10 +43,8 @@ _SERVE_CONTROLLER = ("SERVE_CONTROLLER_ACTOR", "serve")
 class RayRuntime:
     """The Ray that the service stands on."""
 
-    def __init__(self, daemons: tuple[psutil.Process, ...], serve_host: str) -> None:
-        """`serve_host`: where Serve's own servers are to listen."""
+    def __init__(self, daemons: tuple[psutil.Process, ...]) -> None:
         self._daemons = daemons
-        self.serve_host = serve_host
 
     def lost(self) -> str | None:
         """Which of our own daemons has ended, if any; on an existing cluster Ray itself ends this process then."""
@@ -62,32 +59,33 @@ class RayRuntime:
 
 
 @contextmanager
-def ray_runtime(settings: ShoalSettings, spec: CellSpec, signals: StopSignals) -> Iterator[RayRuntime]:
-    """Ray is connected inside the block.
+def ray_runtime(
+    settings: ShoalSettings, front: Mapping[str, str], spec: CellSpec, signals: StopSignals
+) -> Iterator[RayRuntime]:
+    """Ray is connected inside the block; `front` is what its processes need of `deploy.launch.haproxy`.
 
     Raises UnavailableError when ray.address does not answer, ConfigError when that cluster is taken.
     """
     address = settings.ray.address
     # What the operator set of the ranks' environment stays.
     ranks = {name: os.environ.get(name, value) for name, value in RANK_ENVIRONMENT.items()}
+    environment = {**front, **SERVE_ENVIRONMENT, **ranks}
+    os.environ.update(environment | _QUIET)
     # What Ray's and Serve's own code says in this process; trouble comes as an exception.
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    with front(settings) as before_gateway:
-        environment = {**before_gateway.environment, **SERVE_ENVIRONMENT, **ranks}
-        os.environ.update(environment | _QUIET)
-        try:
-            with signals.kept_from_children():
-                if address is None:
-                    _start(spec)
-                else:
-                    _connect(address, environment)
-            if address is not None:
-                _take(address, settings.ray.replace, spec)
-            with worker_logs():
-                yield RayRuntime(_own_daemons() if address is None else (), before_gateway.serve_host)
-        finally:
-            _stop(own=address is None)
+    try:
+        with signals.kept_from_children():
+            if address is None:
+                _start(spec)
+            else:
+                _connect(address, environment)
+        if address is not None:
+            _take(address, settings.ray.replace, spec)
+        with worker_logs():
+            yield RayRuntime(_own_daemons() if address is None else ())
+    finally:
+        _stop(own=address is None)
 
 
 def _start(spec: CellSpec) -> None:

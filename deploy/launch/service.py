@@ -9,6 +9,7 @@ from deploy.cell_spec import build_cell_spec
 from deploy.cli.progress import ServeUi
 from deploy.config import ShoalSettings
 from deploy.launch.application import drain_application, running_application
+from deploy.launch.haproxy import front
 from deploy.launch.ray_runtime import RayRuntime, ray_runtime
 from deploy.launch.signals import StopSignals, kill_children
 from deploy.launch.warm_up import warm_up
@@ -33,9 +34,10 @@ def run_service(settings: ShoalSettings, ui: ServeUi, signals: StopSignals) -> N
         with signals.interrupting():
             spec = build_cell_spec(settings)
             ui.stage("starting Ray")
-            runtime = stack.enter_context(ray_runtime(settings, spec, signals))
+            before = stack.enter_context(front(settings))
+            runtime = stack.enter_context(ray_runtime(settings, before.environment, spec, signals))
             ui.stage("starting the cell")
-            stack.enter_context(running_application(settings, runtime.serve_host, spec, ui))
+            stack.enter_context(running_application(settings, before.serve_host, spec, ui))
             ui.stage("passing a first token through every expert shard")
             warm_up(grpc_address, spec)
         ui.ready(grpc_address, http_address, settings.model.name)

@@ -206,9 +206,9 @@ def listening_on(service, address):
 def test_haproxy_or_its_starter_killed_is_unavailable_until_it_is_back_and_nothing_stays(pool):
     [service] = pool.take(1)
     expected = complete(service.grpc)
-    for name in ("haproxy", "ray::HAProxyManager"):
-        [haproxy] = [process for process in service.descendants() if process.name() == "haproxy"]
-        ranks_of(service, name)[0].kill() if name.startswith("ray::") else haproxy.kill()
+    for name in ("bin/haproxy", "ray::HAProxyManager"):
+        [haproxy] = ranks_of(service, "bin/haproxy")
+        ranks_of(service, name)[0].kill()
         assert wait_gone([haproxy]) == []  # with its starter, too
         deadline = time.monotonic() + 30.0
         while True:
